@@ -1,0 +1,43 @@
+"""Files that are whole or absent: written under a temporary name, flushed, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def save_atomic(path: Path, write) -> Path:
+    """Call `write(temporary_path)`, flush it to disk, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb+") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+def save_json(path: Path, value) -> Path:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
+    return save_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, default=None):
+    """The JSON value of a file, or `default` if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The records of a .jsonl file, oldest first; [] if there is no such file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, 16 hex digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]

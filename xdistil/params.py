@@ -1,0 +1,292 @@
+"""What was asked: one flat, frozen set of parameters, checked before anything heavy is loaded.
+
+A params file has one root key, `experiment:`, so that papermill's `-f FILE` injects it whole.
+The names of the original XtremeDistilTransformers command line are kept as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from xdistil.tables import Table
+
+DEMO_TASK = "demo"  # a generated corpus in place of a task folder
+RANDOM_TEACHER = "random"  # a tiny untrained teacher, for dry runs and tests
+PATH_NAMES = ("task", "model_dir", "transfer_file", "teacher_model_dir")
+CHECKPOINT_NAMES = ("pt_teacher_checkpoint", "pt_student_checkpoint")
+
+
+class ParamsError(ValueError):
+    """A parameter is unknown, of the wrong type, out of range, or at odds with another."""
+
+
+def _field(default, help: str, **limits):
+    return Field(default, description=help, **limits)
+
+
+class Params(BaseModel):
+    """All parameters of a run. Paths are absolute once `load_params` has been through them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+    task: str = _field(
+        DEMO_TASK,
+        "folder with train.tsv dev.tsv test.tsv labels.tsv [transfer.tsv]; 'demo' generates one",
+    )
+    model_dir: str = _field("runs/demo", "folder of the run: every stage reads and writes here")
+    do_NER: bool = _field(True, "sequence labelling (the only task of this version)")
+    do_pairwise: bool = _field(False, "text-pair classification (not in this version)")
+    seq_len: int = _field(
+        64, "sub-words per window, special tokens included; longer text is windowed", ge=8, le=8192
+    )
+    train_limit: int | None = _field(None, "sentences of train.tsv used, a seeded subset", ge=1)
+    transfer_file: str | None = _field(
+        None, "unlabelled text, one sentence a line; default: transfer.tsv of the task folder"
+    )
+    transfer_limit: int | None = _field(
+        None, "sentences of the transfer file used, a seeded subset", ge=2
+    )
+    seed: int = _field(42, "seed of every random choice", ge=0)
+    device: Literal["auto", "cpu", "cuda", "xla", "mps"] = _field("auto", "where models run")
+    opt_policy: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = _field(
+        "auto", "precision; auto: bfloat16 where the hardware multiplies it natively, else float32"
+    )
+
+    pt_teacher: str | None = _field(
+        None, "encoder class of the teacher, such as BertModel; checked against the checkpoint"
+    )
+    pt_teacher_checkpoint: str = _field(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "teacher encoder: folder or hub name; 'random' makes a tiny untrained one",
+    )
+    tf_model_check: bool = _field(False, "teacher checkpoint from TensorFlow (not in this version)")
+    teacher_model_dir: str | None = _field(
+        None,
+        "fine-tuned teacher: used as it is when the folder holds one, else written there; "
+        "default: MODEL_DIR/teacher",
+    )
+    teacher_batch_size: int = _field(32, "sentences per step, of average length", ge=1)
+    teacher_epochs: int | None = _field(None, "epochs for the teacher; default: ft_epochs", ge=1)
+    teacher_lr: float = _field(5e-5, "peak learning rate of the teacher", gt=0, le=1)
+
+    student_init: Literal["auto", "checkpoint", "scratch", "teacher_layers"] = _field(
+        "auto", "where student weights come from; auto: the checkpoint if one is given, else scratch"
+    )
+    pt_student_checkpoint: str | None = _field(None, "student encoder: folder or hub name")
+    hidden_size: int = _field(384, "student width H_s, from scratch", ge=8)
+    num_hidden_layers: int = _field(6, "student layers", ge=1)
+    num_attention_heads: int = _field(12, "student attention heads, from scratch", ge=1)
+    intermediate_size: int | None = _field(
+        None, "student feed-forward width, from scratch; default: 4 x hidden_size", ge=8
+    )
+    dropout: float = _field(0.1, "hidden dropout of the student while it trains", ge=0, lt=1)
+    compress_word_embedding: bool = _field(
+        False, "student word embeddings from the fine-tuned teacher's (SVD, or mapped)"
+    )
+    freeze_word_embedding: bool = _field(False, "student word embeddings never change")
+
+    distil_multi_hidden_states: bool = _field(
+        False, "distil every layer of the layer map; else only the top hidden states"
+    )
+    distil_attention: bool = _field(False, "distil attention as well")
+    layer_map: Literal["uniform", "top"] = _field(
+        "uniform", "student to teacher layers: spread by depth, or the topmost ones"
+    )
+    hidden_loss: Literal["mse", "cosine"] = _field("mse", "distance of hidden states")
+    attention_loss: Literal["mse", "kl", "relation"] = _field(
+        "mse", "distance of attention maps; relation: query, key and value relations, any heads"
+    )
+    hidden_weight: float = _field(1.0, "weight of each hidden-state term", ge=0)
+    attention_weight: float = _field(1.0, "weight of each attention term", ge=0)
+    logit_loss: Literal["mse", "kl"] = _field("mse", "distance of logits")
+    temperature: float = _field(1.0, "softens teacher and student when logit_loss is kl", gt=0)
+    unfreeze: Literal["module", "layer", "none"] = _field(
+        "module", "gradual unfreezing in the logit and label stages: head then all, "
+        "head then layer by layer, or all at once",
+    )
+    student_distil_batch_size: int = _field(32, "sentences per step, of average length", ge=1)
+    student_ft_batch_size: int = _field(32, "sentences per step, of average length", ge=1)
+    distil_chunk_size: int = _field(
+        10000, "transfer sentences whose teacher outputs are computed at once", ge=1
+    )
+    holdout_ratio: float = _field(
+        0.05, "share of the transfer set held out to select weights (at most 2,000)", gt=0, lt=0.9
+    )
+    distil_epochs: int = _field(
+        10, "passes over the transfer set, at most, in stage 1 and in each logit step", ge=1
+    )
+    ft_epochs: int = _field(5, "epochs, at most, in each label step", ge=1)
+    patience: int = _field(3, "epochs without a better score before a step ends", ge=1)
+    distil_lr: float = _field(5e-4, "peak learning rate of stage 1", gt=0, le=1)
+    logit_lr: float = _field(3e-4, "peak learning rate of the logit stage", gt=0, le=1)
+    ft_lr: float = _field(1e-4, "peak learning rate of the label stage", gt=0, le=1)
+    lr_schedule: Literal["linear", "cosine", "constant"] = _field(
+        "linear", "course of the learning rate after warm-up"
+    )
+    warmup_ratio: float = _field(0.1, "share of each step spent warming up", ge=0, lt=1)
+    weight_decay: float = _field(0.01, "AdamW weight decay, on matrices only", ge=0)
+    max_grad_norm: float = _field(1.0, "gradient norm above which gradients are scaled down", gt=0)
+    targets_cache: Literal["disk", "memory", "none"] = _field(
+        "disk", "where the teacher's hidden states and attentions wait for later epochs"
+    )
+    targets_cache_gb: float = _field(
+        4.0, "gigabytes (1e9 bytes) of teacher outputs kept; past it the teacher runs again", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _combinations(self):
+        def stop(name: str, why: str, remedy: str):
+            raise ValueError(f"{name}: {why}; {remedy}")
+
+        if not self.do_NER:
+            stop("do_NER", "false, but this version only labels sequences", "set do_NER: true")
+        if self.do_pairwise:
+            stop("do_pairwise", "text pairs are not in this version", "set do_pairwise: false")
+        if self.tf_model_check:
+            stop("tf_model_check", "TensorFlow checkpoints are not read in this version",
+                 "give a checkpoint with model.safetensors and set tf_model_check: false")
+        init = self.initialisation
+        if init == "scratch" and self.hidden_size % self.num_attention_heads:
+            fit = [a for a in range(1, 33) if self.hidden_size % a == 0]
+            stop("hidden_size", f"{self.hidden_size} is not divisible by num_attention_heads "
+                 f"{self.num_attention_heads}", f"choose num_attention_heads from {fit}")
+        if init == "checkpoint" and not self.pt_student_checkpoint:
+            stop("student_init", "'checkpoint' without pt_student_checkpoint",
+                 "name the student checkpoint or set student_init: scratch")
+        if init != "checkpoint" and self.pt_student_checkpoint:
+            stop("student_init", f"{init!r} leaves pt_student_checkpoint "
+                 f"{self.pt_student_checkpoint!r} unused", "remove one of the two")
+        if init == "teacher_layers" and self.compress_word_embedding:
+            stop("compress_word_embedding", "copied teacher layers have the teacher's width, "
+                 "so there is nothing to compress", "set compress_word_embedding: false")
+        if self.freeze_word_embedding and not (
+            self.compress_word_embedding or init == "teacher_layers"
+        ):
+            stop("freeze_word_embedding", "nothing of the teacher is in these word embeddings",
+                 "set compress_word_embedding: true as well, or freeze_word_embedding: false")
+        if self.opt_policy == "mixed_float16" and self.device == "cpu":
+            stop("opt_policy", "mixed_float16 does not train on a CPU",
+                 "set opt_policy: mixed_bfloat16 or float32")
+        return self
+
+    @property
+    def initialisation(self) -> str:
+        """`student_init` with `auto` resolved: checkpoint, scratch or teacher_layers."""
+        if self.student_init != "auto":
+            return self.student_init
+        return "checkpoint" if self.pt_student_checkpoint else "scratch"
+
+    def pick(self, *names: str) -> dict:
+        """The named values, for the fingerprint of a stage."""
+        return {name: getattr(self, name) for name in names}
+
+    def table(self) -> Table:
+        """Every parameter in force, those that differ from the default marked."""
+        return Table([
+            {"parameter": name, "value": str(getattr(self, name)), "meaning": field.description,
+             "set": "*" if getattr(self, name) != field.default else ""}
+            for name, field in type(self).model_fields.items()
+        ])
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def repo_root() -> Path:
+    """The folder that holds notebooks/ and params/: above the working directory, else above us."""
+    for folder in [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent]:
+        if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
+            return folder
+    return Path.cwd()
+
+
+def absolute_path(name: str, value, base: Path):
+    """A path parameter made absolute; hub names, keywords and None stay as they are."""
+    if not isinstance(value, str) or not value or (name, value) == ("task", DEMO_TASK):
+        return value
+    if name in PATH_NAMES or (base / value).is_dir() or value.startswith((".", "~", "/")):
+        return str((base / Path(value).expanduser()).resolve())
+    return value
+
+
+def load_params(experiment="params/demo.yaml", overrides: dict | None = None) -> Params:
+    """Read parameters from a YAML file or a mapping and check them.
+
+    Args:
+        experiment: path of a params file (from the working directory, else from the repository
+            root), or the mapping under its `experiment:` key (what papermill injects).
+        overrides: names and values that win over the experiment's.
+
+    Returns: the checked parameters, with paths resolved from the repository root.
+    Raises ParamsError naming the parameter, what was found, what is allowed and what to do.
+    """
+    root, source = repo_root(), "experiment"
+    if not isinstance(experiment, dict):
+        path = next((p for p in (Path(experiment), root / experiment) if p.is_file()), None)
+        if path is None:
+            known = sorted(p.name for p in (root / "params").glob("*.yaml"))
+            raise ParamsError(f"params file {experiment} does not exist; in params/: {known}")
+        source = str(experiment)
+        try:
+            experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ParamsError(f"{source}: not readable as YAML: {error}") from None
+    if isinstance(experiment, dict) and set(experiment) == {"experiment"}:
+        experiment = experiment["experiment"]
+    if not isinstance(experiment, dict) or not isinstance(overrides or {}, dict):
+        raise ParamsError(f"{source}: expected names and values under one key `experiment:`")
+    values = {**experiment, **(overrides or {})}
+    for name in values:
+        if name not in Params.model_fields:
+            near = difflib.get_close_matches(str(name), Params.model_fields, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "see params/README.md"
+            raise ParamsError(f"{source}: unknown parameter {name!r}; {hint}")
+    for name in PATH_NAMES + CHECKPOINT_NAMES:
+        if name in values:
+            values[name] = absolute_path(name, values[name], root)
+    values.setdefault("model_dir", str(root / Params.model_fields["model_dir"].default))
+    try:
+        return Params(**values)
+    except ValidationError as error:
+        raise ParamsError("; ".join(map(_explain, error.errors()))) from None
+
+
+def _explain(error: dict) -> str:
+    """One pydantic error as: name: found what, what is allowed."""
+    if not error["loc"]:
+        return error["msg"].removeprefix("Value error, ")
+    name = error["loc"][0]
+    help_text = Params.model_fields[name].description
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{name}: found {error['input']!r}, but {message} ({help_text})"
+
+
+def fingerprint(values) -> str:
+    """Sixteen hex digits that change when any of the (JSON-like) values changes."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def params_markdown() -> str:
+    """The parameter reference of params/README.md: name, type, range, default, meaning."""
+    schema = Params.model_json_schema()["properties"]
+    lines = ["| parameter | allowed | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in Params.model_fields.items():
+        options = schema[name].get("anyOf", [schema[name]])
+        allowed = []
+        for option in options:
+            words = option.get("enum") or [option["type"]]
+            limits = [f"{sign} {option[key]}" for key, sign in (
+                ("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="),
+                ("exclusiveMaximum", "<")) if key in option]
+            allowed.append(", ".join([" or ".join(f"`{word}`" for word in words), *limits]))
+        default = json.dumps(field.default)
+        lines.append(f"| `{name}` | {', or '.join(allowed)} | `{default}` | {field.description} |")
+    return "\n".join(lines) + "\n"

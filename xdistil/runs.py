@@ -1,0 +1,115 @@
+"""Where things lie: a run is a folder, a stage is a folder of it with a done mark."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from xdistil.files import read_json, read_jsonl, save_atomic, save_json
+from xdistil.params import Params, fingerprint
+
+STAGES = {  # folder: (notebook and function, what stands there)
+    "teacher": "finetune_teacher",
+    "student-init": "build_student",
+    "hidden": "distil_hidden",
+    "logits": "distil_logits",
+    "labels": "finetune_student",
+    "evaluation": "evaluate_student",
+    "student": "export_student",
+}
+
+
+class Stage:
+    """One stage's folder: what it depends on, its metrics, its history, its done mark."""
+
+    def __init__(self, folder: Path):
+        self.dir, self.name = Path(folder), Path(folder).name
+
+    def say(self, text: str) -> None:
+        """One line of log, prefixed with the stage's name."""
+        print(f"[{self.name}] {text}", flush=True)
+
+    @property
+    def done(self) -> dict | None:
+        """What the finished stage depended on, or None while it is unfinished."""
+        return read_json(self.dir / "done.json")
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Fingerprint of everything the finished stage depended on."""
+        return fingerprint(self.done) if self.done is not None else None
+
+    @property
+    def metrics(self) -> dict:
+        """The numbers the stage left in metrics.json."""
+        return read_json(self.dir / "metrics.json", {})
+
+    @property
+    def history(self) -> list[dict]:
+        """The training records of the stage, see `training.fit`."""
+        return read_jsonl(self.dir / "history.jsonl")
+
+    def begin(self, depends: dict) -> bool:
+        """Whether the stage has work to do; says why, and clears what is out of date.
+
+        An unfinished stage with the same dependencies is left as it is, to be resumed.
+        """
+        done, begun = self.done, read_json(self.dir / "begun.json")
+        depends = json.loads(json.dumps(depends, default=str))
+        if done == depends:
+            self.say(f"done before with the same parameters and data: loaded from {self.dir}")
+            return False
+        if begun == depends and done is None:
+            self.say("interrupted before: resuming")
+            return True
+        if begun is not None:
+            self.say(f"runs again: {describe_changes(begun, depends)}")
+            shutil.rmtree(self.dir)
+        elif self.dir.is_dir() and any(self.dir.iterdir()):
+            raise FileExistsError(
+                f"model_dir: {self.dir} holds files that no run of xdistil wrote; "
+                "move them away or choose another model_dir"
+            )
+        save_json(self.dir / "begun.json", depends)
+        return True
+
+    def finish(self, metrics: dict) -> Stage:
+        """Write the metrics, then the done mark; drop the checkpoint."""
+        save_json(self.dir / "metrics.json", metrics)
+        save_json(self.dir / "done.json", read_json(self.dir / "begun.json"))
+        (self.dir / "checkpoint.safetensors").unlink(missing_ok=True)
+        return self
+
+
+def describe_changes(old: dict, new: dict) -> str:
+    """What differs between two flat mappings, in words."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} changed ({old.get(name)} -> {new.get(name)})" for name in names)
+
+
+class Run:
+    """The folder of a run and the parameters in force."""
+
+    def __init__(self, params: Params):
+        self.params, self.dir = params, Path(params.model_dir)
+
+    @classmethod
+    def open(cls, params: Params) -> Run:
+        """The run of `params.model_dir`; nothing is written until a stage begins."""
+        return cls(params)
+
+    def stage(self, name: str) -> Stage:
+        """The stage in folder `name`, one of STAGES."""
+        if name not in STAGES:
+            raise KeyError(f"stage {name!r} does not exist; stages: {list(STAGES)}")
+        return Stage(self.dir / name)
+
+    def save_params(self) -> None:
+        """Write params.json, the resolved parameters of the latest call."""
+        save_json(self.dir / "params.json", self.params.model_dump())
+
+    def save_figure(self, figure, name: str) -> Path:
+        """Save a matplotlib figure as figures/NAME.png and return its path."""
+        path = self.dir / "figures" / f"{name}.png"
+        return save_atomic(path, lambda p: figure.savefig(p, format="png", dpi=150))
