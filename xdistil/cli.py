@@ -72,15 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(params: Params) -> int:
-    """Print counts, lengths, labels, overlaps and needs. Raises ValueError for bad input."""
-    from xdistil import inputs, stages
+    """Print counts, lengths, labels, overlaps and needs, without training. Raises ValueError for bad input."""
+    from xdistil import inputs, stages, views
     from xdistil.runs import Run
 
-    stages.check_models(params, Run.open(params))
-    for table in inputs.describe(params, Run.open(params)):
-        print(f"\n{table}")
-    for line in stages.estimate(params, Run.open(params)):
-        print(line)
+    run = Run.open(params)
+    stages.check_models(params, run)
+    inputs.check_files(params, run)
+    print(*views.describe(params, run), views.needs(params, run), sep="\n\n")
     return 0
 
 
@@ -102,7 +101,7 @@ def run_notebooks(params: Params) -> int:
     from papermill import PapermillExecutionError, execute_notebook
     from tqdm import tqdm
 
-    from xdistil import inputs, report, stages
+    from xdistil import inputs, report, stages, views
     from xdistil.runs import STAGES, Run
 
     run, start = Run.open(params), time.monotonic()
@@ -141,7 +140,7 @@ def run_notebooks(params: Params) -> int:
                   file=sys.stderr)
             return 1
     page = run.dir / "report.html"
-    table = stages.result_table(run)
+    table = views.results(run)
     if ran or not page.is_file():
         figures = [run.dir / "figures" / f"{name}.png" for name in ("languages", "attention")]
         report.write_report(executed, page, title=f"xdistil: {run.dir.name}",
@@ -159,7 +158,7 @@ def predict_file(asked) -> int:
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
     labels = [config.id2label[i] for i in range(config.num_labels)]
     tokenizer = models.load_tokenizer(asked.student_dir, "STUDENT_DIR")
-    model = models.load_encoder(asked.student_dir, labels, "STUDENT_DIR")
+    model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR")
     seq_len = min(tokenizer.model_max_length, config.max_position_embeddings)
     lines = (line for _, line in data.read_lines(asked.input))
     accelerator = devices.open_accelerator(asked.device, quiet=True)
@@ -168,10 +167,9 @@ def predict_file(asked) -> int:
     def write(handle):
         while block := list(islice(lines, 4096)):
             words = [line.split("\t")[0].split() for line in block]
-            examples = data.encode(data.Sentences(words, None, [""] * len(words)), tokenizer, seq_len)
+            examples = data.encode(data.Sentences.plain(words), tokenizer, seq_len)
             tags = evaluate.predict_tags(
-                model, examples, words, labels, accelerator=accelerator,
-                pad_id=tokenizer.pad_token_id, batch_size=asked.batch_size)
+                model, examples, words, labels, tokenizer.pad_token_id, accelerator, asked.batch_size)
             for sentence, found in zip(words, tags, strict=True):
                 handle.write(f"{' '.join(sentence)}\t{' '.join(found)}\n" if sentence else "\n")
             handle.flush()

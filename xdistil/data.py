@@ -1,7 +1,7 @@
 """Text to ids and back: TSV files, ragged examples, windows, length-grouped batches.
 
-A labelled line is `words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no
-quoting; a transfer line is text (further columns are ignored).
+A labelled line is `words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no quoting; a
+transfer line is text (further columns are ignored).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from xdistil.files import save_atomic
 from xdistil.losses import IGNORED
 
-CACHED_WORDS = 2_000_000  # distinct words whose pieces are remembered, some 300 MB at the most
+CACHED_WORDS = 1_000_000  # distinct words whose pieces are remembered: some 300 MB at the most
 
 
 class DataError(ValueError):
@@ -26,7 +26,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sentences:
-    """N sentences: words, tags of the same lengths (None for plain text) and languages."""
+    """N sentences: their words, their tags (None for plain text) and their languages."""
 
     words: list[list[str]]
     tags: list[list[str]] | None
@@ -35,24 +35,28 @@ class Sentences:
     def __len__(self) -> int:
         return len(self.words)
 
+    @classmethod
+    def plain(cls, words: list[list[str]]) -> Sentences:
+        """Sentences without tags."""
+        return cls(words, None, [""] * len(words))
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines without their ends. Raises DataError for invalid UTF-8."""
-    if str(path) == "-":
-        path = Path("/dev/stdin")
-    path = Path(path)
+
+def read_lines(path) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and lines without their ends; "-" is stdin.
+
+    Raises DataError if the file is missing or not UTF-8.
+    """
+    path = Path("/dev/stdin" if str(path) == "-" else path)
     if not path.exists() or path.is_dir():
-        there = sorted(p.name for p in path.parent.glob("*.tsv")) if path.parent.is_dir() else []
-        raise DataError(f"{path} does not exist; {path.parent} holds {there or 'no .tsv file'}")
+        there = sorted(p.name for p in path.parent.glob("*.tsv"))
+        raise DataError(f"{path}: no such file; {path.parent} holds {there or 'no .tsv file'}")
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line; "
-                    "save the file as UTF-8"
-                ) from None
+                raise DataError(f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line; save the "
+                                "file as UTF-8") from None
             yield number, text.rstrip("\r\n")
 
 
@@ -61,82 +65,67 @@ def read_labels(path: Path) -> list[str]:
     labels = [line.strip() for _, line in read_lines(path) if line.strip()]
     wrong = [x for x in labels if x != "O" and x[:2] not in ("B-", "I-")]
     if not labels or wrong or len(set(labels)) != len(labels):
-        raise DataError(
-            f"{path}: found {wrong or labels}; expected distinct labels O, B-TYPE, I-TYPE, one a line"
-        )
+        raise DataError(f"{path}: found {wrong or labels}; expected distinct O, B-TYPE, I-TYPE, one a line")
     return labels
 
 
 def repair_iob2(tags: list[str]) -> tuple[list[str], int]:
     """Tags in which every I-TYPE follows B-TYPE or I-TYPE, and how many had to become B-TYPE."""
-    fixed, previous = [], "O"
-    for tag in tags:
-        if tag[:2] == "I-" and previous[2:] != tag[2:]:
-            tag = "B-" + tag[2:]
-        fixed.append(tag)
-        previous = tag
+    before = ["O", *tags]
+    fixed = [f"B-{tag[2:]}" if tag[:2] == "I-" and last[2:] != tag[2:] else tag
+             for last, tag in zip(before, tags, strict=False)]
     return fixed, sum(a != b for a, b in zip(fixed, tags, strict=True))
 
 
-def subset(n: int, limit: int | None, seed: int) -> np.ndarray:
-    """Ascending indices of a seeded random subset of `limit` out of n (all without a limit)."""
-    if limit is None or limit >= n:
-        return np.arange(n)
-    return np.sort(np.random.default_rng(seed).choice(n, limit, replace=False))
+def subset(rows: list, limit: int | None, seed: int) -> list:
+    """A seeded random subset of `limit` rows, in their order; all without a limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
 
 
 def read_tagged(path: Path, labels: list[str], limit: int | None = None, seed: int = 0) -> Sentences:
     """Read a labelled file; blank lines are skipped, broken IOB2 is repaired and counted.
 
-    Raises DataError with file and line for a missing file, wrong columns, unequal counts of words
-    and tags, empty words, unknown labels, invalid UTF-8 or no sentence at all.
+    Raises DataError naming file and line for wrong columns, unequal counts of words and tags, unknown labels
+    and invalid UTF-8; naming the file if it is missing or holds no sentence.
     """
     known, rows, repaired = set(labels), [], 0
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        columns = line.split("\t")
-        if not 2 <= len(columns) <= 3:
-            raise DataError(
-                f"{path}:{number}: found {len(columns)} columns, "
-                "expected words<TAB>tags[<TAB>language]"
-            )
-        words, tags = columns[0].split(" "), columns[1].split(" ")
-        if len(words) != len(tags) or not all(words):
-            raise DataError(
-                f"{path}:{number}: {len(words)} words but {len(tags)} tags; both are separated by "
-                "single spaces"
-            )
+        words, tags, language, *more = [*line.split("\t"), "", ""]
+        words, tags = words.split(" "), tags.split(" ")
+        if len(more) > 2 or len(words) != len(tags) or not all(words):
+            raise DataError(f"{path}:{number}: {len(words)} words and {len(tags)} tags; expected "
+                            "words<TAB>tags[<TAB>language] with as many of each, single spaces between")
         unknown = [tag for tag in tags if tag not in known]
         if unknown:
             raise DataError(f"{path}:{number}: unknown label {unknown[0]!r}; labels.tsv has {labels}")
         tags, wrong = repair_iob2(tags)
         repaired += wrong
-        rows.append((words, tags, columns[2].strip() if len(columns) == 3 else ""))
+        rows.append((words, tags, language.strip()))
     if not rows:
         raise DataError(f"{path}: no sentence in this file; expected words<TAB>tags lines")
     if repaired:
-        print(f"[data] warning: {path}: {repaired} tags broke IOB2 (I- without B-), read as B-")
-    rows = [rows[i] for i in subset(len(rows), limit, seed)]
-    return Sentences(*map(list, zip(*rows, strict=True)))
+        print(f"[data] warning: {path}: {repaired} tags broke IOB2 (I- without its B-) and are read as B-")
+    return Sentences(*map(list, zip(*subset(rows, limit, seed), strict=True)))
 
 
 def read_text(path: Path, limit: int | None = None, seed: int = 0) -> Sentences:
-    """Read transfer text: the first column of each line, split at white space."""
+    """Read transfer text: the first column of each line, split at white space. Raises DataError."""
     words = [line.split("\t")[0].split() for _, line in read_lines(path)]
-    words = [sentence for sentence in words if sentence]
+    words = subset([sentence for sentence in words if sentence], limit, seed)
     if not words:
         raise DataError(f"{path}: no sentence in this file; expected one sentence a line")
-    words = [words[i] for i in subset(len(words), limit, seed)]
-    return Sentences(words, None, [""] * len(words))
+    return Sentences.plain(words)
 
 
 def typical_sentence(sentences: Sentences) -> list[str]:
-    """The words of the first sentence of 8 to 16 words with two entities, else of the first."""
-    for words, tags in zip(sentences.words, sentences.tags, strict=True):
-        if 8 <= len(words) <= 16 and sum(tag[:2] == "B-" for tag in tags) >= 2:
-            return words
-    return sentences.words[0]
+    """The words of the first sentence of 8 to 16 words with two entities, else of the first sentence."""
+    pairs = zip(sentences.words, sentences.tags, strict=True)
+    good = (words for words, tags in pairs if 8 <= len(words) <= 16 and "".join(tags).count("B-") > 1)
+    return next(good, sentences.words[0])
 
 
 def write_tagged(path: Path, sentences: Sentences, tags: list[list[str]]) -> None:
@@ -147,83 +136,72 @@ def write_tagged(path: Path, sentences: Sentences, tags: list[list[str]]) -> Non
 
 
 def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list[int]]]:
-    """The sub-word ids of each word of each sentence; a word without pieces gets the unknown id.
+    """The sub-word ids of each word of each sentence; a word without any gets the unknown id.
 
-    Distinct words are tokenised once and remembered where that is exact, which is checked on the
-    first sentences; else (pieces depend on neighbours) whole sentences are tokenised in batches.
+    Distinct words are tokenised once and remembered where that is exact, which is checked on the first
+    sentences; elsewhere (pieces that depend on neighbours) whole sentences are tokenised in batches.
     """
-    unknown = [tokenizer.unk_token_id if tokenizer.unk_token_id is not None else 0]
+    unknown, cache = [tokenizer.unk_token_id or 0], {}
 
     def whole(batch):
-        encoded = tokenizer(
-            batch, is_split_into_words=True, add_special_tokens=False, verbose=False
-        )
+        encoded = tokenizer(batch, is_split_into_words=True, add_special_tokens=False, verbose=False)
         for i, sentence in enumerate(batch):
             ids = [[] for _ in sentence]
             for piece, word in zip(encoded["input_ids"][i], encoded.word_ids(i), strict=True):
                 ids[word].append(piece)
             yield [pieces or unknown for pieces in ids]
 
-    cache: dict[str, list[int]] = {}
-
     def remembered(batch):
-        new = list(dict.fromkeys(w for sentence in batch for w in sentence if w not in cache))
-        if len(cache) + len(new) > CACHED_WORDS:
+        words = {word: None for sentence in batch for word in sentence}
+        if len(cache) + len(words) > CACHED_WORDS:
             cache.clear()
-            new = list(dict.fromkeys(w for sentence in batch for w in sentence))
-        if new:
-            found = whole([[word] for word in new])
-            cache.update((word, pieces[0]) for word, pieces in zip(new, found, strict=True))
-        return ([cache[word] for word in sentence] for sentence in batch)
+        new = [word for word in words if word not in cache]
+        found = whole([[word] for word in new]) if new else ()
+        cache.update((word, pieces[0]) for word, pieces in zip(new, found, strict=True))
+        return [[cache[word] for word in sentence] for sentence in batch]
 
     source, split = iter(sentences), None
     while batch := list(islice(source, 2000)):
         if split is None:
-            sample = batch[:200]
-            split = remembered if list(whole(sample)) == list(remembered(sample)) else whole
+            sample = [sentence for sentence in batch if sentence][:200]
+            split = remembered if list(whole(sample)) == remembered(sample) else whole
         yield from split(batch)
 
 
 def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a single text."""
-    bare = tokenizer([["a"]], is_split_into_words=True, add_special_tokens=False)["input_ids"][0]
-    full = tokenizer([["a"]], is_split_into_words=True)["input_ids"][0]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
     return full[:start], full[start + len(bare) :]
 
 
 def windows(sizes: list[int], capacity: int) -> list[tuple[int, int, int, int]]:
-    """Overlapping windows of whole words, (start, end, first owned, end of owned), in words.
+    """Overlapping windows of whole words: (start, end, first owned, end of owned), counted in words.
 
-    Neighbours share up to a quarter of the capacity; each word is owned by exactly one window, the
-    one that shows more of its context. `sizes` are pieces per word, `capacity` pieces per window.
+    Neighbours share up to a quarter of the capacity. Each word is owned by exactly one window, the one that
+    shows more of its context. `sizes` are pieces per word, `capacity` pieces per window.
     """
     n, spans, start = len(sizes), [], 0
-    sizes = [min(size, capacity) for size in sizes]
+    sizes = [min(size, capacity) for size in sizes]  # longer words are shown by their first pieces
     while start < n:
-        end = used = 0
-        for end in range(start, n + 1):
-            if end == n or used + sizes[end] > capacity:
-                break
-            used += sizes[end]
+        end, used = start, 0
+        while end < n and used + sizes[end] <= capacity:
+            used, end = used + sizes[end], end + 1
         spans.append((start, end))
-        if end == n:
-            break
         start, shared = end, 0
-        while start - 1 > spans[-1][0] and shared + sizes[start - 1] <= capacity // 4:
-            start -= 1
-            shared += sizes[start]
+        while end < n and start - 1 > spans[-1][0] and shared + sizes[start - 1] <= capacity // 4:
+            start, shared = start - 1, shared + sizes[start - 1]
     cuts = [0, *((b[0] + a[1] + 1) // 2 for a, b in zip(spans, spans[1:], strict=False)), n]
     return [(*span, cuts[i], cuts[i + 1]) for i, span in enumerate(spans)]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """N windows of token ids, flat and ragged: window i is `input_ids[offsets[i]:offsets[i+1]]`.
+    """N windows of token ids, flat and ragged: window i is `input_ids[offsets[i]:offsets[i + 1]]`.
 
-    `labels` holds label ids on the first sub-word of owned words, IGNORED elsewhere; `words` the
-    word's index in its sentence on the same positions, -1 elsewhere; `sentences` [N] says which
-    sentence a window is of.
+    On the first sub-word of each owned word, `labels` holds the label's id and `words` the word's index in
+    its sentence; elsewhere IGNORED and -1. `sentences` [N] says which sentence a window is of.
     """
 
     input_ids: np.ndarray
@@ -242,87 +220,63 @@ class Examples:
 
 
 def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()) -> Examples:
-    """Token ids of sentences; longer ones become overlapping windows of at most seq_len pieces.
-
-    Raises DataError if seq_len leaves no room between the special tokens.
-    """
+    """Token ids of sentences; longer ones become overlapping windows of at most `seq_len` sub-words."""
     before, after = special_tokens(tokenizer)
-    capacity = seq_len - len(before) - len(after)
-    if capacity < 1:
-        raise DataError(f"seq_len: {seq_len} leaves no room for words; set it to 8 or more")
-    label_id = {label: i for i, label in enumerate(labels)}
+    capacity, label_id = seq_len - len(before) - len(after), {label: i for i, label in enumerate(labels)}
     ids, tags, words, offsets, owners = [], [], [], [0], []
     for i, pieces in enumerate(word_pieces(tokenizer, sentences.words)):
         for start, end, first, last in windows([len(p) for p in pieces], capacity):
-            ids.extend(before)
-            tags.extend([IGNORED] * len(before))
-            words.extend([-1] * len(before))
+            rows = [(piece, IGNORED, -1) for piece in before]
             for w in range(start, end):
-                piece, owned = pieces[w][:capacity], first <= w < last
-                ids.extend(piece)
-                tag = label_id[sentences.tags[i][w]] if owned and label_id else IGNORED
-                tags.extend([tag] + [IGNORED] * (len(piece) - 1))
-                words.extend([w if owned else -1] + [-1] * (len(piece) - 1))
-            ids.extend(after)
-            tags.extend([IGNORED] * len(after))
-            words.extend([-1] * len(after))
+                owned = first <= w < last
+                tag = label_id[sentences.tags[i][w]] if owned and labels else IGNORED
+                rows.append((pieces[w][0], tag, w if owned else -1))
+                rows += [(piece, IGNORED, -1) for piece in pieces[w][1:capacity]]
+            rows += [(piece, IGNORED, -1) for piece in after]
+            for flat, column in zip((ids, tags, words), zip(*rows, strict=True), strict=True):
+                flat.extend(column)
             offsets.append(len(ids))
             owners.append(i)
-    return Examples(
-        np.asarray(ids, np.int32), np.asarray(tags, np.int16), np.asarray(words, np.int32),
-        np.asarray(offsets, np.int64), np.asarray(owners, np.int32),
-    )
+    types = (np.int32, np.int16, np.int32, np.int64, np.int32)
+    return Examples(*map(np.asarray, (ids, tags, words, offsets, owners), types))
 
 
-def batches(
-    lengths: np.ndarray, batch_size: int, seed: int | None = None, multiple: int = 8
-) -> list[np.ndarray]:
+def batches(lengths: np.ndarray, batch_size: int, seed: int | None = None, multiple: int = 8) -> list[np.ndarray]:
     """Indices of length-grouped batches with about the same number of token slots each.
 
-    Windows are shuffled, grouped by length within large pools, and packed until a batch holds
-    `batch_size` times the mean length in slots: `batch_size` windows of average length, more short
-    ones, fewer long ones. Without a seed: sorted by length, longest first, for evaluation.
+    Windows are shuffled, sorted by length within large pools, and packed up to `batch_size` times the mean
+    length in slots: `batch_size` windows of average length, more short ones, fewer long ones. Without a
+    seed: one pool, longest first, for evaluation.
     """
-    padded = -(-np.asarray(lengths) // multiple) * multiple
-    slots = max(batch_size * padded.mean(), padded.max())
-    if seed is None:
-        pools = [np.argsort(-padded, kind="stable")]
-    else:
-        order = np.random.default_rng(seed).permutation(len(padded))
-        pools = [order[i : i + 64 * batch_size] for i in range(0, len(order), 64 * batch_size)]
-        pools = [pool[np.argsort(-padded[pool], kind="stable")] for pool in pools]
-    packed = []
-    for pool in pools:
+    padded, pool_size = -(-np.asarray(lengths) // multiple) * multiple, 64 * batch_size
+    slots, packed, rng = batch_size * padded.mean(), [], np.random.default_rng(seed)
+    order = np.arange(len(padded)) if seed is None else rng.permutation(len(padded))
+    for start in range(0, len(order), len(order) if seed is None else pool_size):
+        pool = order[start:][: None if seed is None else pool_size]
+        pool = pool[np.argsort(-padded[pool], kind="stable")]
         while len(pool):
             n = max(1, int(slots // padded[pool[0]]))  # the first is the longest
             packed.append(pool[:n])
             pool = pool[n:]
-    if seed is not None:
-        packed = [packed[i] for i in np.random.default_rng(seed).permutation(len(packed))]
-    return packed
+    return packed if seed is None else [packed[i] for i in rng.permutation(len(packed))]
 
 
 def collate(examples: Examples, indices, pad_id: int, multiple: int = 8) -> dict[str, torch.Tensor]:
-    """One batch: input_ids, attention_mask, labels and words, each [B, S], S a multiple of 8."""
-    width = -(-int(examples.lengths[indices].max()) // multiple) * multiple
-    fields = {"input_ids": (examples.input_ids, pad_id), "labels": (examples.labels, IGNORED),
-              "words": (examples.words, -1)}
-    batch = {name: np.full((len(indices), width), pad, np.int64) for name, (_, pad) in fields.items()}
-    batch["attention_mask"] = np.zeros((len(indices), width), np.int64)
-    for row, i in enumerate(indices):
-        span = slice(examples.offsets[i], examples.offsets[i + 1])
-        length = span.stop - span.start
-        batch["attention_mask"][row, :length] = 1
-        for name, (flat, _) in fields.items():
-            batch[name][row, :length] = flat[span]
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    """One batch: input_ids, attention_mask, labels and words, each [B, S], S rounded up to a multiple."""
+    lengths = examples.lengths[indices]
+    width = -(-int(lengths.max()) // multiple) * multiple
+    real = np.arange(width) < lengths[:, None]
+    places = np.concatenate([np.arange(examples.offsets[i], examples.offsets[i + 1]) for i in indices])
+    batch = {"attention_mask": torch.from_numpy(real.astype(np.int64))}
+    for name, padding in (("input_ids", pad_id), ("labels", IGNORED), ("words", -1)):
+        field = np.full(real.shape, padding, np.int64)
+        field[real] = getattr(examples, name)[places]
+        batch[name] = torch.from_numpy(field)
+    return batch
 
 
 def split_transfer(n: int, chunk_size: int, holdout_ratio: float, seed: int):
-    """The held-out windows of a transfer set and its chunks, as index arrays (2004.05686 stages).
-
-    At most 2,000 windows are held out: enough for a loss, without wasting text.
-    """
+    """The held-out windows of a transfer set, at most 2,000, and its chunks, as index arrays."""
     order = np.random.default_rng(seed).permutation(n)
     n_held_out = min(2000, max(1, round(n * holdout_ratio)))
     rest = order[n_held_out:]

@@ -74,7 +74,8 @@ def name_pools(language: str) -> dict:
             names.update(lists["place"] if kind == "loc" else ())
             lists[kind] = sorted(  # no "Weber & Weber"; sorted, as sets have no fixed order
                 name for name in names if len(set(name.split())) == len(name.split())
-                and (part == "train" or f" {name.casefold()} " not in f" {ordinary} "))
+                and (part == "train" or (name not in pools["train"][kind]
+                                         and f" {name.casefold()} " not in f" {ordinary} ")))
     return pools
 
 
@@ -137,8 +138,7 @@ def write_demo_corpus(folder, *, seed=13, languages=("en", "de", "es", "fr", "pt
                                            barred if kind == "train" else ()), len(owed)))
             rng.shuffle(drawn)  # patterns without slots run out early
             for part, line in zip(owed, drawn, strict=True):
-                shown = line[:1] if part == "transfer" else line
-                files[part].append("\t".join(map(" ".join, shown)))
+                files[part].append("\t".join(map(" ".join, line[:1 if part == "transfer" else 3])))
     Path(folder).mkdir(parents=True, exist_ok=True)
     for part, lines in files.items():
         if part in sizes:

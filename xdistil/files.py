@@ -32,9 +32,7 @@ def read_json(path: Path, default=None):
 
 def read_jsonl(path: Path) -> list[dict]:
     """The records of a .jsonl file, oldest first; [] if there is no such file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def hash_file(path: Path) -> str:

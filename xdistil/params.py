@@ -27,8 +27,8 @@ class ParamsError(ValueError):
     """A parameter is unknown, of the wrong type, out of range, or at odds with another."""
 
 
-def _field(default, help: str, **limits):
-    return Field(default, description=help, **limits)
+def _field(default, meaning: str, **limits):
+    return Field(default, description=meaning, **limits)
 
 
 class Params(BaseModel):
@@ -36,144 +36,97 @@ class Params(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
-    task: str = _field(
-        DEMO_TASK,
-        "folder with train.tsv dev.tsv test.tsv labels.tsv [transfer.tsv]; 'demo' generates one",
-    )
-    model_dir: str = _field("runs/demo", "folder of the run: every stage reads and writes here")
-    do_NER: bool = _field(True, "sequence labelling (the only task of this version)")
-    do_pairwise: bool = _field(False, "text-pair classification (not in this version)")
-    seq_len: int = _field(
-        64, "sub-words per window, special tokens included; longer text is windowed", ge=8, le=8192
-    )
+    task: str = _field(DEMO_TASK, "folder with train, dev, test, labels and transfer.tsv; 'demo' generates one")
+    model_dir: str = _field("runs/demo", "folder of the run: every stage reads and writes there")
+    do_NER: bool = _field(True, "sequence labelling, the only task of this version")
+    do_pairwise: bool = _field(False, "text pairs, not in this version")
+    seq_len: int = _field(64, "sub-words per window, special tokens included; longer text is windowed", ge=8)
     train_limit: int | None = _field(None, "sentences of train.tsv used, a seeded subset", ge=1)
-    transfer_file: str | None = _field(
-        None, "unlabelled text, one sentence a line; default: transfer.tsv of the task folder"
-    )
-    transfer_limit: int | None = _field(
-        None, "sentences of the transfer file used, a seeded subset", ge=2
-    )
+    transfer_file: str | None = _field(None, "unlabelled text, a sentence a line; default: TASK/transfer.tsv")
+    transfer_limit: int | None = _field(None, "sentences of the transfer text used, a seeded subset", ge=2)
     seed: int = _field(42, "seed of every random choice", ge=0)
     device: Literal["auto", "cpu", "cuda", "xla", "mps"] = _field("auto", "where models run")
     opt_policy: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = _field(
-        "auto", "precision; auto: bfloat16 where the hardware multiplies it natively, else float32"
-    )
+        "auto", "precision; auto: bfloat16 where the hardware has its arithmetic, else float32")
 
-    pt_teacher: str | None = _field(
-        None, "encoder class of the teacher, such as BertModel; checked against the checkpoint"
-    )
+    pt_teacher: str | None = _field(None, "encoder class, such as BertModel; checked against the checkpoint")
     pt_teacher_checkpoint: str = _field(
-        "sentence-transformers/all-MiniLM-L6-v2",
-        "teacher encoder: folder or hub name; 'random' makes a tiny untrained one",
-    )
-    tf_model_check: bool = _field(False, "teacher checkpoint from TensorFlow (not in this version)")
+        "sentence-transformers/all-MiniLM-L6-v2", "teacher encoder: folder or hub name; 'random': tiny, untrained")
+    tf_model_check: bool = _field(False, "teacher checkpoint from TensorFlow, not in this version")
     teacher_model_dir: str | None = _field(
-        None,
-        "fine-tuned teacher: used as it is when the folder holds one, else written there; "
-        "default: MODEL_DIR/teacher",
-    )
-    teacher_batch_size: int = _field(32, "sentences per step, of average length", ge=1)
-    teacher_epochs: int | None = _field(None, "epochs for the teacher; default: ft_epochs", ge=1)
+        None, "fine-tuned teacher: used as it is if it is there, else written there; default: MODEL_DIR/teacher")
+    teacher_batch_size: int = _field(32, "sentences of average length per step", ge=1)
+    teacher_epochs: int | None = _field(None, "epochs of the teacher; default: ft_epochs", ge=1)
     teacher_lr: float = _field(5e-5, "peak learning rate of the teacher", gt=0, le=1)
 
     student_init: Literal["auto", "checkpoint", "scratch", "teacher_layers"] = _field(
-        "auto", "where student weights come from; auto: the checkpoint if one is given, else scratch"
-    )
+        "auto", "where student weights come from; auto: the checkpoint if one is given, else scratch")
     pt_student_checkpoint: str | None = _field(None, "student encoder: folder or hub name")
     hidden_size: int = _field(384, "student width H_s, from scratch", ge=8)
-    num_hidden_layers: int = _field(6, "student layers", ge=1)
+    num_hidden_layers: int = _field(6, "student layers, from scratch or copied", ge=1)
     num_attention_heads: int = _field(12, "student attention heads, from scratch", ge=1)
-    intermediate_size: int | None = _field(
-        None, "student feed-forward width, from scratch; default: 4 x hidden_size", ge=8
-    )
-    dropout: float = _field(0.1, "hidden dropout of the student while it trains", ge=0, lt=1)
-    compress_word_embedding: bool = _field(
-        False, "student word embeddings from the fine-tuned teacher's (SVD, or mapped)"
-    )
+    intermediate_size: int | None = _field(None, "student feed-forward width; default: 4 x hidden_size", ge=8)
+    dropout: float = _field(0.1, "dropout of the student; on attention maps 0 in stage 1", ge=0, lt=1)
+    compress_word_embedding: bool = _field(False, "student word embeddings from the teacher's: SVD, or mapped")
     freeze_word_embedding: bool = _field(False, "student word embeddings never change")
 
-    distil_multi_hidden_states: bool = _field(
-        False, "distil every layer of the layer map; else only the top hidden states"
-    )
-    distil_attention: bool = _field(False, "distil attention as well")
-    layer_map: Literal["uniform", "top"] = _field(
-        "uniform", "student to teacher layers: spread by depth, or the topmost ones"
-    )
+    distil_multi_hidden_states: bool = _field(False, "distil every layer of the map; else the top states only")
+    distil_attention: bool = _field(False, "distil attention maps as well")
+    layer_map: Literal["uniform", "top"] = _field("uniform", "pair student and teacher layers by depth, or topmost")
     hidden_loss: Literal["mse", "cosine"] = _field("mse", "distance of hidden states")
-    attention_loss: Literal["mse", "kl", "relation"] = _field(
-        "mse", "distance of attention maps; relation: query, key and value relations, any heads"
-    )
+    attention_loss: Literal["mse", "kl"] = _field("mse", "distance of attention maps")
     hidden_weight: float = _field(1.0, "weight of each hidden-state term", ge=0)
     attention_weight: float = _field(1.0, "weight of each attention term", ge=0)
     logit_loss: Literal["mse", "kl"] = _field("mse", "distance of logits")
-    temperature: float = _field(1.0, "softens teacher and student when logit_loss is kl", gt=0)
+    temperature: float = _field(1.0, "softens both models' classes if logit_loss is kl", gt=0)
     unfreeze: Literal["module", "layer", "none"] = _field(
-        "module", "gradual unfreezing in the logit and label stages: head then all, "
-        "head then layer by layer, or all at once",
-    )
-    student_distil_batch_size: int = _field(32, "sentences per step, of average length", ge=1)
-    student_ft_batch_size: int = _field(32, "sentences per step, of average length", ge=1)
-    distil_chunk_size: int = _field(
-        10000, "transfer sentences whose teacher outputs are computed at once", ge=1
-    )
-    holdout_ratio: float = _field(
-        0.05, "share of the transfer set held out to select weights (at most 2,000)", gt=0, lt=0.9
-    )
-    distil_epochs: int = _field(
-        10, "passes over the transfer set, at most, in stage 1 and in each logit step", ge=1
-    )
-    ft_epochs: int = _field(5, "epochs, at most, in each label step", ge=1)
+        "module", "stages 2 and 3 train the head, then all; the head, then a layer more at a time; or all at once")
+    student_distil_batch_size: int = _field(32, "sentences of average length per step, stages 1 and 2", ge=1)
+    student_ft_batch_size: int = _field(32, "sentences of average length per step, stage 3", ge=1)
+    distil_chunk_size: int = _field(10000, "transfer sentences whose teacher outputs are computed at once", ge=1)
+    holdout_ratio: float = _field(0.05, "share of the transfer set, at most 2,000, that selects", gt=0, lt=0.9)
+    distil_epochs: int = _field(10, "passes over the transfer set, at most: stage 1, each step of stage 2", ge=1)
+    ft_epochs: int = _field(5, "epochs, at most, of each step of stage 3", ge=1)
     patience: int = _field(3, "epochs without a better score before a step ends", ge=1)
     distil_lr: float = _field(5e-4, "peak learning rate of stage 1", gt=0, le=1)
-    logit_lr: float = _field(3e-4, "peak learning rate of the logit stage", gt=0, le=1)
-    ft_lr: float = _field(1e-4, "peak learning rate of the label stage", gt=0, le=1)
-    lr_schedule: Literal["linear", "cosine", "constant"] = _field(
-        "linear", "course of the learning rate after warm-up"
-    )
+    logit_lr: float = _field(3e-4, "peak learning rate of stage 2", gt=0, le=1)
+    ft_lr: float = _field(1e-4, "peak learning rate of stage 3", gt=0, le=1)
+    lr_schedule: Literal["linear", "cosine", "constant"] = _field("linear", "learning rate after warm-up")
     warmup_ratio: float = _field(0.1, "share of each step spent warming up", ge=0, lt=1)
-    weight_decay: float = _field(0.01, "AdamW weight decay, on matrices only", ge=0)
+    weight_decay: float = _field(0.01, "AdamW weight decay, of matrices only", ge=0)
     max_grad_norm: float = _field(1.0, "gradient norm above which gradients are scaled down", gt=0)
-    targets_cache: Literal["disk", "memory", "none"] = _field(
-        "disk", "where the teacher's hidden states and attentions wait for later epochs"
-    )
     targets_cache_gb: float = _field(
-        4.0, "gigabytes (1e9 bytes) of teacher outputs kept; past it the teacher runs again", ge=0
-    )
+        4.0, "GB (1e9 bytes) of teacher outputs kept on disk; past it the teacher runs again", ge=0)
 
     @model_validator(mode="after")
     def _combinations(self):
-        def stop(name: str, why: str, remedy: str):
-            raise ValueError(f"{name}: {why}; {remedy}")
-
-        if not self.do_NER:
-            stop("do_NER", "false, but this version only labels sequences", "set do_NER: true")
-        if self.do_pairwise:
-            stop("do_pairwise", "text pairs are not in this version", "set do_pairwise: false")
-        if self.tf_model_check:
-            stop("tf_model_check", "TensorFlow checkpoints are not read in this version",
-                 "give a checkpoint with model.safetensors and set tf_model_check: false")
         init = self.initialisation
-        if init == "scratch" and self.hidden_size % self.num_attention_heads:
-            fit = [a for a in range(1, 33) if self.hidden_size % a == 0]
-            stop("hidden_size", f"{self.hidden_size} is not divisible by num_attention_heads "
-                 f"{self.num_attention_heads}", f"choose num_attention_heads from {fit}")
-        if init == "checkpoint" and not self.pt_student_checkpoint:
-            stop("student_init", "'checkpoint' without pt_student_checkpoint",
-                 "name the student checkpoint or set student_init: scratch")
-        if init != "checkpoint" and self.pt_student_checkpoint:
-            stop("student_init", f"{init!r} leaves pt_student_checkpoint "
-                 f"{self.pt_student_checkpoint!r} unused", "remove one of the two")
-        if init == "teacher_layers" and self.compress_word_embedding:
-            stop("compress_word_embedding", "copied teacher layers have the teacher's width, "
-                 "so there is nothing to compress", "set compress_word_embedding: false")
-        if self.freeze_word_embedding and not (
-            self.compress_word_embedding or init == "teacher_layers"
+        fits = [a for a in range(1, 33) if self.hidden_size % a == 0]
+        from_teacher = self.compress_word_embedding or init == "teacher_layers"
+        for wrong, message in (
+            (not self.do_NER, "do_NER: false, but this version only labels sequences; set do_NER: true"),
+            (self.do_pairwise, "do_pairwise: text pairs are not in this version; set do_pairwise: false"),
+            (self.tf_model_check, "tf_model_check: TensorFlow checkpoints are not read in this version; give one "
+             "with model.safetensors and set tf_model_check: false"),
+            (init == "scratch" and self.num_attention_heads not in fits,
+             f"hidden_size: {self.hidden_size} is not divisible by num_attention_heads "
+             f"{self.num_attention_heads}; choose num_attention_heads from {fits}"),
+            (init == "checkpoint" and not self.pt_student_checkpoint,
+             "student_init: 'checkpoint' needs pt_student_checkpoint; name it or set student_init: scratch"),
+            (init != "checkpoint" and self.pt_student_checkpoint,
+             f"student_init: {init!r} leaves pt_student_checkpoint {self.pt_student_checkpoint!r} unused; "
+             "remove one of the two"),
+            (init == "teacher_layers" and self.compress_word_embedding,
+             "compress_word_embedding: copied teacher layers have the teacher's width, so nothing is to be "
+             "compressed; set compress_word_embedding: false"),
+            (self.freeze_word_embedding and not from_teacher,
+             "freeze_word_embedding: nothing of the teacher is in these word embeddings; set "
+             "compress_word_embedding: true as well, or freeze_word_embedding: false"),
+            (self.opt_policy == "mixed_float16" and self.device == "cpu",
+             "opt_policy: mixed_float16 does not train on a CPU; set opt_policy: mixed_bfloat16 or float32"),
         ):
-            stop("freeze_word_embedding", "nothing of the teacher is in these word embeddings",
-                 "set compress_word_embedding: true as well, or freeze_word_embedding: false")
-        if self.opt_policy == "mixed_float16" and self.device == "cpu":
-            stop("opt_policy", "mixed_float16 does not train on a CPU",
-                 "set opt_policy: mixed_bfloat16 or float32")
+            if wrong:
+                raise ValueError(message)
         return self
 
     @property
@@ -188,12 +141,17 @@ class Params(BaseModel):
         return {name: getattr(self, name) for name in names}
 
     def table(self) -> Table:
-        """Every parameter in force, those that differ from the default marked."""
-        return Table([
-            {"parameter": name, "value": str(getattr(self, name)), "meaning": field.description,
-             "set": "*" if getattr(self, name) != field.default else ""}
-            for name, field in type(self).model_fields.items()
-        ])
+        """Every parameter: value in force (* where it is not the default), what is allowed, meaning."""
+        schema, rows = type(self).model_json_schema()["properties"], []
+        signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+        for name, field in type(self).model_fields.items():
+            value, allowed = getattr(self, name), []
+            for option in schema[name].get("anyOf", [schema[name]]):
+                limits = [f"{sign} {option[key]}" for key, sign in signs.items() if key in option]
+                allowed.append(" ".join([" / ".join(option.get("enum", [option["type"]])), *limits]))
+            rows.append({"parameter": name, "value": f"{value}{'' if value == field.default else ' *'}",
+                         "allowed": " or ".join(allowed), "meaning": field.description})
+        return Table(rows)
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
@@ -211,9 +169,8 @@ def absolute_path(name: str, value, base: Path):
     """A path parameter made absolute; hub names, keywords and None stay as they are."""
     if not isinstance(value, str) or not value or (name, value) == ("task", DEMO_TASK):
         return value
-    if name in PATH_NAMES or (base / value).is_dir() or value.startswith((".", "~", "/")):
-        return str((base / Path(value).expanduser()).resolve())
-    return value
+    local = name in PATH_NAMES or value.startswith((".", "~", "/")) or (base / value).is_dir()
+    return str((base / Path(value).expanduser()).resolve()) if local else value
 
 
 def load_params(experiment="params/demo.yaml", overrides: dict | None = None) -> Params:
@@ -272,21 +229,3 @@ def fingerprint(values) -> str:
     """Sixteen hex digits that change when any of the (JSON-like) values changes."""
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def params_markdown() -> str:
-    """The parameter reference of params/README.md: name, type, range, default, meaning."""
-    schema = Params.model_json_schema()["properties"]
-    lines = ["| parameter | allowed | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in Params.model_fields.items():
-        options = schema[name].get("anyOf", [schema[name]])
-        allowed = []
-        for option in options:
-            words = option.get("enum") or [option["type"]]
-            limits = [f"{sign} {option[key]}" for key, sign in (
-                ("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="),
-                ("exclusiveMaximum", "<")) if key in option]
-            allowed.append(", ".join([" or ".join(f"`{word}`" for word in words), *limits]))
-        default = json.dumps(field.default)
-        lines.append(f"| `{name}` | {', or '.join(allowed)} | `{default}` | {field.description} |")
-    return "\n".join(lines) + "\n"

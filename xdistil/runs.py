@@ -9,7 +9,7 @@ from pathlib import Path
 from xdistil.files import read_json, read_jsonl, save_atomic, save_json
 from xdistil.params import Params, fingerprint
 
-STAGES = {  # folder: (notebook and function, what stands there)
+STAGES = {  # folder of the run: the function of `stages`, and the notebook's name after its number
     "teacher": "finetune_teacher",
     "student-init": "build_student",
     "hidden": "distil_hidden",
@@ -27,22 +27,22 @@ class Stage:
         self.dir, self.name = Path(folder), Path(folder).name
 
     def say(self, text: str) -> None:
-        """One line of log, prefixed with the stage's name."""
+        """One line of log, headed by the stage's name."""
         print(f"[{self.name}] {text}", flush=True)
 
     @property
     def done(self) -> dict | None:
-        """What the finished stage depended on, or None while it is unfinished."""
+        """What the finished stage depended on; None while it is unfinished."""
         return read_json(self.dir / "done.json")
 
     @property
     def fingerprint(self) -> str | None:
-        """Fingerprint of everything the finished stage depended on."""
+        """Fingerprint of what the finished stage depended on."""
         return fingerprint(self.done) if self.done is not None else None
 
     @property
     def metrics(self) -> dict:
-        """The numbers the stage left in metrics.json."""
+        """The numbers that the stage left in metrics.json."""
         return read_json(self.dir / "metrics.json", {})
 
     @property
@@ -51,26 +51,24 @@ class Stage:
         return read_jsonl(self.dir / "history.jsonl")
 
     def begin(self, depends: dict) -> bool:
-        """Whether the stage has work to do; says why, and clears what is out of date.
+        """Whether there is work to do; says why, and clears what is out of date.
 
-        An unfinished stage with the same dependencies is left as it is, to be resumed.
+        An unfinished stage with the same dependencies is left as it is, to be resumed. Raises
+        FileExistsError if the folder holds files that no run wrote.
         """
-        done, begun = self.done, read_json(self.dir / "begun.json")
-        depends = json.loads(json.dumps(depends, default=str))
-        if done == depends:
-            self.say(f"done before with the same parameters and data: loaded from {self.dir}")
+        begun, depends = read_json(self.dir / "begun.json"), json.loads(json.dumps(depends, default=str))
+        if self.done == depends:
+            self.say("done before with the same parameters and data")
             return False
-        if begun == depends and done is None:
-            self.say("interrupted before: resuming")
+        if begun == depends and self.done is None:
+            self.say("interrupted before: goes on from its last checkpoint")
             return True
         if begun is not None:
             self.say(f"runs again: {describe_changes(begun, depends)}")
             shutil.rmtree(self.dir)
         elif self.dir.is_dir() and any(self.dir.iterdir()):
-            raise FileExistsError(
-                f"model_dir: {self.dir} holds files that no run of xdistil wrote; "
-                "move them away or choose another model_dir"
-            )
+            raise FileExistsError(f"model_dir: {self.dir} holds files that no run of xdistil wrote; move them "
+                                  "away or choose another model_dir")
         save_json(self.dir / "begun.json", depends)
         return True
 
@@ -96,18 +94,12 @@ class Run:
 
     @classmethod
     def open(cls, params: Params) -> Run:
-        """The run of `params.model_dir`; nothing is written until a stage begins."""
+        """The run in `params.model_dir`; nothing is written until a stage begins."""
         return cls(params)
 
     def stage(self, name: str) -> Stage:
         """The stage in folder `name`, one of STAGES."""
-        if name not in STAGES:
-            raise KeyError(f"stage {name!r} does not exist; stages: {list(STAGES)}")
         return Stage(self.dir / name)
-
-    def save_params(self) -> None:
-        """Write params.json, the resolved parameters of the latest call."""
-        save_json(self.dir / "params.json", self.params.model_dump())
 
     def save_figure(self, figure, name: str) -> Path:
         """Save a matplotlib figure as figures/NAME.png and return its path."""

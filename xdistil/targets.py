@@ -1,13 +1,13 @@
 """What the teacher says of a chunk: computed once, kept without padding, read back per batch.
 
-Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `attention` (each window's maps end to end),
-`relation` [T, 3 H_t] (queries, keys, values of one layer) in float16, `logits` [T, C] in float32.
+Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `attention` (each window's P x A x S x S maps, end to
+end), both in float16, and `logits` [T, C] in float32.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,194 +15,144 @@ import numpy as np
 import torch
 
 from xdistil.data import Examples, batches, collate
-from xdistil.models import Recorder, run_model
+from xdistil.models import run_model
 
-DTYPES = {"logits": np.float32}  # few numbers; the rest is stored in half precision
+DTYPES = {"hidden": np.float16, "attention": np.float16, "logits": np.float32}
 HALF_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Which teacher outputs to keep: hidden-state layers 0..L, attention layers 1..L, and so on."""
+    """Which teacher outputs to keep: hidden-state indices 0..L, attention layers 1..L; always logits."""
 
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
-    relation_layer: int | None = None
-    logits: bool = True
 
     def shapes(self, lengths: np.ndarray, config) -> dict[str, tuple[int, ...]]:
         """Array shape of each kind for windows of these lengths."""
-        tokens, pairs = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
-        width, heads = config.hidden_size, config.num_attention_heads
-        shapes = {
-            "hidden": (tokens, len(self.hidden), width) if self.hidden else None,
-            "attention": (pairs * len(self.attention) * heads,) if self.attention else None,
-            "relation": (tokens, 3 * width) if self.relation_layer is not None else None,
-            "logits": (tokens, config.num_labels) if self.logits else None,
-        }
-        return {kind: shape for kind, shape in shapes.items() if shape is not None}
+        tokens, squares = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
+        shapes = {"hidden": (tokens, len(self.hidden), config.hidden_size),
+                  "attention": (squares * len(self.attention) * config.num_attention_heads,),
+                  "logits": (tokens, config.num_labels)}
+        return {kind: shape for kind, shape in shapes.items() if np.prod(shape)}
 
     def n_bytes(self, lengths: np.ndarray, config) -> int:
-        """Bytes that the teacher outputs of windows of these lengths take."""
-        return sum(
-            int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES.get(kind, np.float16)).itemsize
-            for kind, shape in self.shapes(lengths, config).items()
-        )
-
-
-def teacher_outputs(teacher, spec: TargetSpec) -> Callable[[dict], dict[str, torch.Tensor]]:
-    """A function from a batch to the teacher's outputs of each kind, padded, [B, S, ...] first
-    (attention [B, P, A, S, S])."""
-    recorder = Recorder(teacher, spec.relation_layer) if spec.relation_layer is not None else None
-
-    def outputs(batch: dict) -> dict[str, torch.Tensor]:
-        with torch.inference_mode():
-            logits, states, maps = run_model(
-                teacher, batch, bool(spec.hidden), bool(spec.attention)
-            )
-            found = {}
-            if spec.hidden:
-                found["hidden"] = torch.stack([states[i] for i in spec.hidden], dim=2)
-            if spec.attention:
-                found["attention"] = torch.stack([maps[i - 1] for i in spec.attention], dim=1)
-            if recorder:
-                found["relation"] = recorder.take()
-            if spec.logits:
-                found["logits"] = logits
-            return found
-
-    return outputs
+        """Bytes that the outputs for windows of these lengths take."""
+        return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[kind]).itemsize
+                   for kind, shape in self.shapes(lengths, config).items())
 
 
 class Targets:
-    """The teacher's outputs for windows of known lengths: flat arrays, read back padded."""
+    """The teacher's outputs for windows of known lengths: flat arrays by kind, read back padded."""
 
     def __init__(self, lengths: np.ndarray, arrays: dict[str, np.ndarray]):
         self.lengths, self.arrays = lengths, arrays
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])
-        squares = np.concatenate([[0], np.cumsum(lengths.astype(np.int64) ** 2)])
-        self.map_starts = squares
+        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.squares = np.concatenate([[0], np.cumsum(lengths.astype(np.int64) ** 2)])
 
-    def _map_span(self, row: int, flat: np.ndarray) -> slice:
-        per_pair = len(flat) // max(1, int(self.map_starts[-1]))
-        return slice(self.map_starts[row] * per_pair, self.map_starts[row + 1] * per_pair)
+    def _span(self, kind: str, row: int) -> slice:
+        if kind != "attention":
+            return slice(self.starts[row], self.starts[row + 1])
+        maps = len(self.arrays[kind]) // max(1, int(self.squares[-1]))
+        return slice(self.squares[row] * maps, self.squares[row + 1] * maps)
 
     def put(self, rows: np.ndarray, outputs: dict[str, torch.Tensor]) -> None:
-        """Store the padded outputs of some windows without their padding."""
+        """Store the padded outputs ([B, S, ...], attention [B, P, A, S, S]) without their padding."""
         for kind, tensor in outputs.items():
-            flat = self.arrays[kind]
-            values = tensor.detach().float()
-            if flat.dtype == np.float16:
+            values = tensor.float()
+            if DTYPES[kind] is np.float16:
                 values = values.clamp(-HALF_MAX, HALF_MAX).half()
             values = values.cpu().numpy()
             for i, row in enumerate(rows):
                 n = int(self.lengths[row])
-                if kind == "attention":
-                    flat[self._map_span(row, flat)] = values[i, :, :, :n, :n].ravel()
-                else:
-                    flat[self.starts[row] : self.starts[row + 1]] = values[i, :n]
+                part = values[i, :, :, :n, :n].ravel() if kind == "attention" else values[i, :n]
+                self.arrays[kind][self._span(kind, row)] = part
 
     def padded(self, rows: np.ndarray, width: int, n_heads: int) -> dict[str, torch.Tensor]:
-        """The outputs of some windows as `teacher_*` tensors, zero on padding up to `width`."""
+        """The outputs of some windows as `teacher_<kind>` tensors, zero on padding up to `width`."""
         batch = {}
         for kind, flat in self.arrays.items():
-            for i, row in enumerate(rows):
-                n = int(self.lengths[row])
-                if kind == "attention":
-                    maps = flat[self._map_span(row, flat)].reshape(-1, n_heads, n, n)
-                    if i == 0:
-                        out = np.zeros((len(rows), len(maps), n_heads, width, width), flat.dtype)
-                    out[i, :, :, :n, :n] = maps
-                else:
-                    if i == 0:
-                        out = np.zeros((len(rows), width, *flat.shape[1:]), flat.dtype)
-                    out[i, :n] = flat[self.starts[row] : self.starts[row + 1]]
+            parts = [(flat[self._span(kind, row)], int(self.lengths[row])) for row in rows]
+            if kind == "attention":
+                parts = [(part.reshape(-1, n_heads, n, n), n) for part, n in parts]
+                out = np.zeros((len(rows), *parts[0][0].shape[:2], width, width), flat.dtype)
+                for i, (part, n) in enumerate(parts):
+                    out[i, :, :, :n, :n] = part
+            else:
+                out = np.zeros((len(rows), width, *flat.shape[1:]), flat.dtype)
+                for i, (part, n) in enumerate(parts):
+                    out[i, :n] = part
             batch[f"teacher_{kind}"] = torch.from_numpy(out)
         return batch
 
 
 class TargetStore:
-    """Teacher outputs of named chunks: on disk or in memory within a byte budget, else afresh.
+    """Teacher outputs of named chunks: on disk within a byte budget, past it computed for each batch.
 
-    Args:
-        outputs: from `teacher_outputs`; run in the accelerator's precision by the caller.
-        where: "disk", "memory" or "none"; budget_bytes: most that is kept.
-        folder: for "disk"; one .npy file per kind and chunk, renamed when whole.
+    Args: folder for the files (one .npy per kind and chunk, renamed when whole); budget_bytes: most that is
+        kept there, 0 for nothing.
     """
 
-    def __init__(self, outputs, spec: TargetSpec, config, examples: Examples, pad_id: int, *,
-                 accelerator, batch_size: int, where: str, budget_bytes: float, folder: Path):
-        self.outputs, self.spec, self.config, self.examples = outputs, spec, config, examples
+    def __init__(self, teacher, spec: TargetSpec, examples: Examples, pad_id: int, accelerator,
+                 batch_size: int, budget_bytes: float, folder: Path):
+        self.teacher, self.spec, self.config, self.examples = teacher, spec, teacher.config, examples
         self.pad_id, self.accelerator, self.batch_size = pad_id, accelerator, batch_size
-        self.where, self.left, self.folder = where, budget_bytes, Path(folder)
-        self.kept: dict[str, Targets | None] = {}
+        self.left, self.folder, self.kept = budget_bytes, Path(folder), {}
 
-    def _compute(self, windows: np.ndarray, targets: Targets) -> Targets:
-        for rows in batches(targets.lengths, self.batch_size):
+    def compute(self, windows: np.ndarray, arrays: dict[str, np.ndarray] | None = None) -> Targets:
+        """Run the teacher over windows; the outputs go to the given arrays or to new ones."""
+        lengths = self.examples.lengths[windows]
+        if arrays is None:
+            arrays = {kind: np.empty(shape, DTYPES[kind])
+                      for kind, shape in self.spec.shapes(lengths, self.config).items()}
+        targets = Targets(lengths, arrays)
+        for rows in batches(lengths, self.batch_size):
             batch = collate(self.examples, windows[rows], self.pad_id)
             batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            with self.accelerator.autocast():
-                targets.put(rows, self.outputs(batch))
+            with torch.inference_mode(), self.accelerator.autocast():
+                logits, states, maps = run_model(
+                    self.teacher, batch, bool(self.spec.hidden), bool(self.spec.attention))
+                found = {"logits": logits}
+                if self.spec.hidden:
+                    found["hidden"] = torch.stack([states[i] for i in self.spec.hidden], dim=2)
+                if self.spec.attention:
+                    found["attention"] = torch.stack([maps[i - 1] for i in self.spec.attention], dim=1)
+                targets.put(rows, found)
         return targets
 
-    def _blank(self, windows: np.ndarray, name: str | None = None) -> Targets:
-        lengths = self.examples.lengths[windows]
-        arrays = {}
-        for kind, shape in self.spec.shapes(lengths, self.config).items():
-            dtype = DTYPES.get(kind, np.float16)
-            if name is None:
-                arrays[kind] = np.empty(shape, dtype)
-            else:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path = self.folder / f".{kind}-{name}.npy"
-                arrays[kind] = np.lib.format.open_memmap(path, "w+", dtype, shape)
-        return Targets(lengths, arrays)
-
-    def _read(self, windows: np.ndarray, name: str) -> Targets | None:
-        lengths = self.examples.lengths[windows]
-        shapes = self.spec.shapes(lengths, self.config)
-        paths = {kind: self.folder / f"{kind}-{name}.npy" for kind in shapes}
-        if not all(path.is_file() for path in paths.values()):
-            return None
-        arrays = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()}
-        fits = all(arrays[kind].shape == shape for kind, shape in shapes.items())
-        return Targets(lengths, arrays) if fits else None
-
     def chunk(self, name: str, windows: np.ndarray) -> Targets | None:
-        """The kept targets of a chunk, computed at the first call; None if there is no room."""
-        if name not in self.kept:
-            need = self.spec.n_bytes(self.examples.lengths[windows], self.config)
-            if self.where == "none" or need > self.left:
-                self.kept[name] = None
-            else:
-                self.left -= need
-                on_disk = self.where == "disk"
-                found = self._read(windows, name) if on_disk else None
-                if found is None:
-                    found = self._compute(windows, self._blank(windows, name if on_disk else None))
-                    if on_disk:
-                        for kind, array in found.arrays.items():
-                            array.flush()
-                            os.replace(self.folder / f".{kind}-{name}.npy",
-                                       self.folder / f"{kind}-{name}.npy")
-                        found = self._read(windows, name)
-                self.kept[name] = found
+        """The kept outputs of a chunk, computed when first asked for; None if there is no room."""
+        if name in self.kept:
+            return self.kept[name]
+        lengths, self.kept[name] = self.examples.lengths[windows], None
+        need = self.spec.n_bytes(lengths, self.config)
+        if need <= self.left:
+            self.left -= need
+            shapes = self.spec.shapes(lengths, self.config)
+            paths = {kind: self.folder / f"{kind}-{name}.npy" for kind in shapes}
+            if not all(path.is_file() for path in paths.values()):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial = {kind: path.with_suffix(".partial") for kind, path in paths.items()}
+                arrays = {kind: np.lib.format.open_memmap(partial[kind], "w+", DTYPES[kind], shape)
+                          for kind, shape in shapes.items()}
+                self.compute(windows, arrays)
+                for kind, array in arrays.items():
+                    array.flush()
+                    os.replace(partial[kind], paths[kind])
+            self.kept[name] = Targets(lengths, {k: np.load(p, mmap_mode="r") for k, p in paths.items()})
         return self.kept[name]
 
-    def batches(self, name: str, windows: np.ndarray, batch_size: int,
-                seed: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of a chunk with the teacher's outputs beside the ids."""
+    def batches(self, name: str, windows: np.ndarray, batch_size: int, seed: int | None = None) -> Iterator[dict]:
+        """Batches of a chunk, as `data.collate` makes them, with the teacher's outputs beside the ids."""
         kept = self.chunk(name, windows)
         for rows in batches(self.examples.lengths[windows], batch_size, seed):
             batch = collate(self.examples, windows[rows], self.pad_id)
-            targets = kept or self._compute(windows[rows], self._blank(windows[rows]))
-            places = rows if kept else np.arange(len(rows))
-            width = batch["input_ids"].shape[1]
-            yield batch | targets.padded(places, width, self.config.num_attention_heads)
+            targets, places = (kept, rows) if kept else (self.compute(windows[rows]), np.arange(len(rows)))
+            yield batch | targets.padded(places, batch["input_ids"].shape[1], self.config.num_attention_heads)
 
-    def drop(self, kinds: tuple[str, ...]) -> None:
+    def drop(self, *kinds: str) -> None:
         """Delete the files of these kinds."""
         self.kept.clear()
         for kind in kinds:
-            for path in self.folder.glob(f"*{kind}-*.npy"):
+            for path in self.folder.glob(f"{kind}-*"):
                 path.unlink()

@@ -5,16 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 
-def encoder_layers(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The list of transformer layers of any Hugging Face encoder (`model.base_model`'s)."""
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
-    found = [m for m in lists if len(m) == n_layers and any(True for _ in m.parameters())]
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no list of {n_layers} layers; lists found have lengths "
-            f"{[len(m) for m in lists]}"
-        )
-    return found[0]
+def encoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of transformer layers of a Hugging Face encoder. Raises ValueError if there is none."""
+    n_layers = model.config.num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {n_layers} layers")
 
 
 def word_embedding(model: nn.Module) -> nn.Parameter:
@@ -22,45 +19,33 @@ def word_embedding(model: nn.Module) -> nn.Parameter:
     return model.get_input_embeddings().weight
 
 
-def layer_groups(model: nn.Module, n_layers: int) -> list[tuple[str, list[str]]]:
+def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
     """Parameter names in groups, top to bottom: head, layer_L ... layer_1, embeddings."""
-    layer_of = {
-        id(parameter): f"layer_{i + 1}"
-        for i, layer in enumerate(encoder_layers(model, n_layers))
-        for parameter in layer.parameters()
-    }
-    below = {id(parameter) for parameter in model.base_model.parameters()}
-    order = ["head", *(f"layer_{i}" for i in range(n_layers, 0, -1)), "embeddings"]
-    groups: dict[str, list[str]] = {name: [] for name in order}
+    layers = encoder_layers(model)
+    layer_of = {id(p): f"layer_{i}" for i, layer in enumerate(layers, 1) for p in layer.parameters()}
+    below = {id(p) for p in model.base_model.parameters()}
+    groups = {name: [] for name in ("head", *(f"layer_{i}" for i in range(len(layers), 0, -1)), "embeddings")}
     for name, parameter in model.named_parameters():
         rest = "embeddings" if id(parameter) in below else "head"
         groups[layer_of.get(id(parameter), rest)].append(name)
-    return [(group, names) for group, names in groups.items() if names]
+    return list(groups.items())
 
 
-def unfreezing_steps(
-    groups: list[tuple[str, list[str]]], grain: str, frozen: frozenset[str] = frozenset()
-) -> list[tuple[str, list[str]]]:
-    """Steps of (name, trainable parameter names); each holds all of the step before it.
+def unfreezing_steps(groups, grain: str, frozen: frozenset[str] = frozenset()) -> list[tuple[str, list[str]]]:
+    """Steps of (name, names of the parameters that learn); each holds all of the step before it.
 
     Args:
         groups: from `layer_groups`, top to bottom.
-        grain: "module" (head, then everything), "layer" (head, then one group more at a time)
-            or "none" (everything at once).
-        frozen: parameter names that stay out of every step.
+        grain: "module" (head, then everything), "layer" (head, then one group more at a time) or "none".
+        frozen: parameter names that never learn.
     """
-    groups = [(name, [n for n in names if n not in frozen]) for name, names in groups]
-    groups = [(name, names) for name, names in groups if names]
-    everything = [n for _, names in groups for n in names]
-    if grain == "none" or len(groups) == 1:
-        return [("all", everything)]
-    if grain == "module":
-        return [groups[0], ("all", everything)]
+    groups = [(name, [n for n in members if n not in frozen]) for name, members in groups]
     steps, names = [], []
     for group, members in groups:
         names = names + members
         steps.append((group, names))
-    return steps
+    everything = ("all", names)
+    return {"none": [everything], "module": [steps[0], everything], "layer": steps}[grain]
 
 
 def freeze_to(model: nn.Module, trainable: list[str]) -> None:
@@ -72,12 +57,9 @@ def freeze_to(model: nn.Module, trainable: list[str]) -> None:
 
 
 def learning_mode(module: nn.Module, holder_learns: bool = True) -> None:
-    """Train mode where something learns, eval mode where nothing does.
-
-    A module without parameters (dropout) does as the module that holds it.
-    """
+    """Train mode where something learns, eval mode where nothing does; a module without parameters
+    (dropout) does as the module that holds it."""
     own = list(module.parameters())
-    learns = any(p.requires_grad for p in own) if own else holder_learns
-    module.training = learns
+    module.training = any(p.requires_grad for p in own) if own else holder_learns
     for child in module.children():
-        learning_mode(child, learns)
+        learning_mode(child, module.training)

@@ -1,0 +1,144 @@
+"""What notebooks and the command line show of a run: tables, and one sentence looked at closely."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from xdistil import data, models
+from xdistil.devices import open_accelerator
+from xdistil.inputs import Inputs, teacher_dir, teacher_source
+from xdistil.params import RANDOM_TEACHER, Params
+from xdistil.runs import Run, Stage
+from xdistil.stages import layer_pairs, read_configs
+from xdistil.tables import Table
+from xdistil.targets import TargetSpec
+
+
+def _unstarted(params: Params, run: Run) -> Inputs:
+    """Inputs before the teacher is fine-tuned."""
+    checkpoint = teacher_source(params, run)[0]
+    if checkpoint == RANDOM_TEACHER:  # its own tokenizer is made in stage 1; words are counted here
+        checkpoint = models.random_teacher({"a"}, ["O"], Path(tempfile.mkdtemp()))
+    return Inputs(params, run, str(checkpoint))
+
+
+def describe(params: Params, run: Run) -> list[Table]:
+    """Tables of the task: counts and lengths per file, words per label, sentences found in two files."""
+    inputs, files, texts = _unstarted(params, run), [], {}
+    tags = {label: {"label": label} for label in inputs.labels}
+    for name in ("train", "dev", "test", "transfer"):
+        sentences, examples = inputs.read(name)
+        texts[name] = {" ".join(words) for words in sentences.words}
+        lengths = map(int, np.quantile(examples.lengths, (0.5, 0.95, 1.0)))
+        files.append({"file": name, "sentences": len(sentences), "words": sum(map(len, sentences.words)),
+                      "languages": len(set(sentences.languages) - {""}), "windows": len(examples),
+                      **dict(zip(("sub-words: median", "95 %", "longest"), lengths, strict=True))})
+        for label in inputs.labels if sentences.tags else ():
+            tags[label][name] = sum(sentence.count(label) for sentence in sentences.tags)
+    overlap = [{"in both": f"{a} and {b}", "sentences": len(texts[a] & texts[b])}
+               for a in ("transfer", "train") for b in ("dev", "test")]
+    return [Table(files, f"{params.task}, seq_len {params.seq_len}"), Table(list(tags.values()), "words per label"),
+            Table(overlap, "sentences in two files")]
+
+
+def sentence_lengths(params: Params, run: Run) -> dict[str, list[int]]:
+    """Sub-words of each whole sentence of train, dev and transfer."""
+    inputs = Inputs(params, run)
+    return {name: [sum(map(len, pieces)) for pieces in
+                   data.word_pieces(inputs.tokenizer, inputs.read(name)[0].words)]
+            for name in ("train", "dev", "transfer")}
+
+
+def needs(params: Params, run: Run) -> Table:
+    """Memory of weights and training state, and disk for teacher outputs, in GB (1e9 bytes)."""
+    inputs, source = _unstarted(params, run), teacher_source(params, run)
+    if source[0] == RANDOM_TEACHER:
+        source = (str(inputs.tokenizer.name_or_path), source[1])
+    teacher, student = read_configs(params, run, *source)
+    hidden, maps = layer_pairs(params, teacher, student)
+    spec = TargetSpec(tuple(t for _, t in hidden), tuple(t for _, t in maps))
+    student.vocab_size = teacher.vocab_size
+    with torch.device("meta"):
+        weights = [models.size_of(models.from_config(c))["parameters"] * 4 / 1e9 for c in (teacher, student)]
+    outputs = spec.n_bytes(inputs.read("transfer")[1].lengths, teacher) / 1e9
+    return Table([{"what": "memory: teacher weights", "GB": weights[0]},
+                  {"what": "memory: fine-tuning the teacher, without activations", "GB": 4 * weights[0]},
+                  {"what": "memory: training the student, without activations", "GB": 4 * weights[1]},
+                  {"what": "disk: teacher outputs, all", "GB": outputs},
+                  {"what": "disk: teacher outputs kept (targets_cache_gb)",
+                   "GB": min(outputs, params.targets_cache_gb)}], "needs, estimated")
+
+
+def scores(stage: Stage) -> Table:
+    """F1 of a stage on dev, per language and in the mean."""
+    found = stage.metrics["dev"]
+    rows = [{"dev": language, "F1": f1} for language, f1 in found["by_language"].items()]
+    return Table(rows + [{"dev": f"{mean} mean", "F1": found[mean]} for mean in ("macro", "micro")])
+
+
+def sizes(run: Run) -> Table:
+    """Parameters of teacher and student, with and without embedding tables."""
+    found = run.stage("student-init").metrics
+    pair = {"teacher": found["teacher"], "student": found}
+    return Table([{"model": name, "parameters": m["parameters"], "without embeddings": m["non_embedding"]}
+                  for name, m in pair.items()])
+
+
+def dev_by_stage(run: Run) -> tuple[dict[str, float], float]:
+    """Macro F1 on dev after each training stage of the student; and the teacher's."""
+    macro = {name: run.stage(name).metrics["dev"]["macro"] for name in ("teacher", "hidden", "logits", "labels")}
+    return macro, macro.pop("teacher")
+
+
+def size_and_speed(run: Run) -> list[dict]:
+    """Size, speed and test macro F1 of teacher and student, as `plots.plot_size_speed` takes them."""
+    metrics = run.stage("evaluation").metrics
+    return [{"name": name, "f1": metrics[name]["test"]["macro"], **metrics[name]} for name in ("teacher", "student")]
+
+
+def results(run: Run) -> Table:
+    """Teacher beside student: F1 on test per language and in the mean, size and speed."""
+    metrics = run.stage("evaluation").metrics
+    test = {name: metrics[name]["test"] for name in ("teacher", "student")}
+    kept = metrics["retention"]
+    rows = [{"": f"F1 {language}", **{name: scores["by_language"][language] for name, scores in test.items()},
+             "kept": share} for language, share in kept["by_language"].items()]
+    rows += [{"": f"{mean} F1", **{name: scores[mean] for name, scores in test.items()}, "kept": kept[mean]}
+             for mean in ("macro", "micro")]
+    rows += [{"": title, **{name: metrics[name][key] for name in test},
+              "kept": metrics["student"][key] / metrics["teacher"][key]} for title, key in (
+        ("parameters", "parameters"), ("without embeddings", "non_embedding"), ("MB on disk", "mb"),
+        ("ms/sentence, batch 1", "ms_per_sentence"), ("sentences/s, batch 32", "sentences_per_second"))]
+    return Table(rows)
+
+
+def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
+    """Attention maps of one sentence in the top layers of the teacher and of a stage's student.
+
+    Args: text: words separated by spaces; default: a dev sentence with entities.
+    Returns: tokens [S], teacher [A_t, S, S], student [A_s, S, S].
+    """
+    inputs, accelerator = Inputs(params, run), open_accelerator(params.device, "float32", quiet=True)
+    words = text.split() if text else data.typical_sentence(inputs.read("dev")[0])
+    examples = data.encode(data.Sentences.plain([words]), inputs.tokenizer, params.seq_len)
+    batch, found = data.collate(examples, [0], inputs.pad_id, multiple=1), {}
+    for name, folder in (("teacher", teacher_dir(params, run)), ("student", run.stage(stage).dir)):
+        model = models.load_classifier(folder, inputs.labels, "model_dir").eval().to(accelerator.device)
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            maps = models.run_model(model, {k: v.to(accelerator.device) for k, v in batch.items()}, False, True)[2]
+        found[name] = maps[-1][0].cpu().numpy()
+    return {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()), **found}
+
+
+def try_student(run: Run, text: str) -> Table:
+    """Entities that the exported student finds in a text, through transformers' own pipeline."""
+    from transformers import pipeline
+
+    tag = pipeline("token-classification", model=str(run.stage("student").dir), aggregation_strategy="first")
+    found = [{"entity": e["entity_group"], "words": e["word"], "score": float(e["score"])} for e in tag(text)]
+    return Table(found or [{"entity": "none found"}], text)
