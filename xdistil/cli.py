@@ -1,7 +1,4 @@
-"""The command line: `xdistil run | check | predict`.
-
-Exit codes: 0 done, 1 a stage failed, 2 bad input (one line each, nothing written).
-"""
+"""The command line: xdistil run, check, predict. Exit codes: 0 done, 1 a stage failed, 2 bad input (one line)."""
 
 from __future__ import annotations
 
@@ -20,34 +17,29 @@ from xdistil.params import CHECKPOINT_NAMES, PATH_NAMES, Params, absolute_path, 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; the flags of run and check are the fields of `Params`."""
-    parser = argparse.ArgumentParser(prog="xdistil", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="xdistil", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("run", "run every stage as a notebook, then print a table and write report.html"),
-        ("check", "look at parameters, data and models without training"),
-    ):
+    for name, text in (("run", "run every stage as a notebook, then print a table and write report.html"),
+                       ("check", "look at parameters, data and models without training")):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("params", nargs="?", help="params file; default: the flags alone, or "
-                             "params/demo.yaml without any")
+        command.add_argument("params", nargs="?", help="params file; default: params/demo.yaml, or the flags alone")
         for field, info in Params.model_fields.items():
-            kind = ({"action": argparse.BooleanOptionalAction} if info.annotation is bool
-                    else {"metavar": "VALUE"})
+            kind = {"action": argparse.BooleanOptionalAction} if info.annotation is bool else {"metavar": "VALUE"}
             text = f"{info.description} (default: {info.default})".replace("%", "%%")
             command.add_argument(f"--{field}", default=argparse.SUPPRESS, help=text, **kind)
     predict = commands.add_parser("predict", help="tag text with a student", allow_abbrev=False)
     predict.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
-    predict.add_argument("input", help="text or words<TAB>..., one sentence a line; - for stdin")
+    predict.add_argument("input", help="text, or words<TAB>anything, one sentence a line; - for stdin")
     predict.add_argument("-o", "--output", default="-", help="words<TAB>tags lines; - for stdout")
     predict.add_argument("--batch_size", type=int, default=64, help="sentences per step")
-    predict.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda, xla or mps")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = build_parser()
-    asked, unknown = parser.parse_known_args(arguments)
+    asked, unknown = build_parser().parse_known_args(arguments)
     try:
         if unknown:
             near = difflib.get_close_matches(unknown[0].lstrip("-"), Params.model_fields, 1, 0.5)
@@ -56,18 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
         if asked.command == "predict":
             return predict_file(asked)
         values = {name: value for name, value in vars(asked).items() if name in Params.model_fields}
-        for name in PATH_NAMES + CHECKPOINT_NAMES:  # flags are relative to the working directory
-            if name in values:
-                values[name] = absolute_path(name, values[name], Path.cwd())
-        default = {} if values else str(repo_root() / "params/demo.yaml")
-        params = load_params(asked.params or default, values)
+        for name in values.keys() & {*PATH_NAMES, *CHECKPOINT_NAMES}:  # flags are relative to the working directory
+            values[name] = absolute_path(name, values[name], Path.cwd())
+        params = load_params(asked.params or ({} if values else repo_root() / "params/demo.yaml"), values)
         return run_notebooks(params) if asked.command == "run" else check(params)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, FileExistsError, ImportError) as error:
         print(f"xdistil: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("xdistil: interrupted; the same command goes on from the last checkpoint",
-              file=sys.stderr)
+        print("xdistil: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 
@@ -76,7 +65,7 @@ def check(params: Params) -> int:
     from xdistil import inputs, stages, views
     from xdistil.runs import Run
 
-    run = Run.open(params)
+    run = Run(params)
     stages.check_models(params, run)
     inputs.check_files(params, run)
     print(*views.describe(params, run), views.needs(params, run), sep="\n\n")
@@ -84,18 +73,19 @@ def check(params: Params) -> int:
 
 
 class _Lines(logging.Handler):
-    """Passes the log lines that stages print in a notebook on to the terminal."""
+    """Passes on to the terminal what stages print in their notebooks."""
 
     def emit(self, record):
+        """Write the lines that begin with a stage's name."""
         from tqdm import tqdm
 
         for line in record.getMessage().splitlines():
-            if line.startswith("["):
-                tqdm.write(line)
+            if line.startswith("[") and not line.startswith("[IPKernelApp]"):
+                tqdm.write(line, file=sys.stderr)
 
 
 def run_notebooks(params: Params) -> int:
-    """Execute the notebooks of unfinished stages with papermill, then table and report."""
+    """Execute the notebooks of unfinished stages with papermill, then write the report and print a table."""
     import nbformat
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
@@ -104,83 +94,71 @@ def run_notebooks(params: Params) -> int:
     from xdistil import inputs, report, stages, views
     from xdistil.runs import STAGES, Run
 
-    run, start = Run.open(params), time.monotonic()
+    run, start, ran, executed = Run(params), time.monotonic(), 0, Path(params.model_dir) / "notebooks"
     stages.check_models(params, run)
     inputs.check_files(params, run)
     logger = logging.getLogger("papermill")
-    logger.handlers, logger.propagate = [_Lines()], False
-    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate, logger.level = [_Lines()], False, logging.INFO
     os.environ |= {"XDISTIL_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    source, executed = repo_root() / "notebooks", run.dir / "notebooks"
     executed.mkdir(parents=True, exist_ok=True)
-    experiment = {k: v for k, v in params.model_dump().items() if v is not None}
-    ran = 0
-    bar = tqdm(list(STAGES.items()), unit="notebook", desc="xdistil run")
-    for number, (name, verb) in enumerate(bar, 1):
-        file = f"{number:02d}_{verb}.ipynb"
-        whole = (executed / file).is_file() and not nbformat.read(
-            executed / file, 4).metadata.get("papermill", {}).get("exception", True)
-        if whole and inputs.is_done(params, run, name):
-            tqdm.write(f"[{name}] done before with the same parameters and data")
-            continue
-        bar.set_postfix_str(verb)
+    experiment = {name: value for name, value in params.model_dump().items() if value is not None}
+    for number, (name, verb) in enumerate(bar := tqdm(STAGES.items(), unit="notebook"), 1):
+        notebook = executed / f"{number:02d}_{verb}.ipynb"
+        bar.set_description(verb)
+        if notebook.is_file() and inputs.is_done(params, run, name):
+            if nbformat.read(notebook, 4).metadata.get("papermill", {}).get("exception") is False:
+                tqdm.write(f"[{name}] done before with the same parameters and data", file=sys.stderr)
+                continue
         ran += 1
         try:
-            execute_notebook(
-                source / file, executed / file, {"experiment": experiment}, kernel_name="python3",
-                cwd=str(repo_root()), progress_bar=False, log_output=True,
-            )
+            execute_notebook(repo_root() / "notebooks" / notebook.name, notebook, {"experiment": experiment},
+                             kernel_name="python3", cwd=str(repo_root()), progress_bar=False, log_output=True)
         except (PapermillExecutionError, DeadKernelError) as error:
             bar.close()
-            if isinstance(error, PapermillExecutionError):
-                why = f"cell {error.exec_count}: {error.ename}: {error.evalue}"
-            else:
-                why = "the kernel died, most often for want of memory: lower the batch sizes"
-            print(f"xdistil: {verb} failed in {why}\n  what ran is saved in {executed / file}",
-                  file=sys.stderr)
+            why = (f"cell {error.exec_count}: {error.ename}: {error.evalue}" if hasattr(error, "evalue")
+                   else "its kernel, which died, most often for want of memory: lower the batch sizes")
+            print(f"xdistil: {verb} failed in {why}\n  what ran is saved in {notebook}", file=sys.stderr)
             return 1
-    page = run.dir / "report.html"
-    table = views.results(run)
+    page, table = run.dir / "report.html", views.results(run)
     if ran or not page.is_file():
-        figures = [run.dir / "figures" / f"{name}.png" for name in ("languages", "attention")]
-        report.write_report(executed, page, title=f"xdistil: {run.dir.name}",
-                            summary_html=table._repr_html_(), figures=figures)
-    print(f"\n{table}\n\n{ran} of {len(STAGES)} stages ran, {time.monotonic() - start:.0f} s; "
+        report.write_report(executed, page, title=f"xdistil: {run.dir.name}", summary_html=table._repr_html_(),
+                            figures=[run.dir / "figures" / f"{name}.png" for name in ("languages", "attention")])
+    print(f"\n{table}\n\n{ran} of {len(STAGES)} stages ran in {time.monotonic() - start:.0f} s\n"
           f"student: {run.dir / 'student'}\nreport: {page}")
     return 0
 
 
 def predict_file(asked) -> int:
-    """Tag a file or stdin as a stream: input order, one line out for each line in."""
+    """Tag a file or stdin as a stream, in input order, one line out for each line in."""
     from xdistil import data, devices, evaluate, models
     from xdistil.files import save_atomic
 
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
     labels = [config.id2label[i] for i in range(config.num_labels)]
     tokenizer = models.load_tokenizer(asked.student_dir, "STUDENT_DIR")
-    model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR")
+    accelerator = devices.open_accelerator(asked.device, quiet=True)
+    model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR").to(accelerator.device)
     seq_len = min(tokenizer.model_max_length, config.max_position_embeddings)
     lines = (line for _, line in data.read_lines(asked.input))
-    accelerator = devices.open_accelerator(asked.device, quiet=True)
-    model.to(accelerator.device)
 
     def write(handle):
         while block := list(islice(lines, 4096)):
             words = [line.split("\t")[0].split() for line in block]
             examples = data.encode(data.Sentences.plain(words), tokenizer, seq_len)
-            tags = evaluate.predict_tags(
-                model, examples, words, labels, tokenizer.pad_token_id, accelerator, asked.batch_size)
+            tags = evaluate.predict_tags(model, examples, words, labels, tokenizer.pad_token_id, accelerator,
+                                         asked.batch_size)
             for sentence, found in zip(words, tags, strict=True):
                 handle.write(f"{' '.join(sentence)}\t{' '.join(found)}\n" if sentence else "\n")
             handle.flush()
+
+    if asked.output == "-":
+        sys.stdout.reconfigure(encoding="utf-8")
+        write(sys.stdout)
+        return 0
 
     def write_file(path):
         with open(path, "w", encoding="utf-8") as handle:
             write(handle)
 
-    if asked.output == "-":
-        sys.stdout.reconfigure(encoding="utf-8")
-        write(sys.stdout)
-    else:
-        save_atomic(Path(asked.output), write_file)
+    save_atomic(Path(asked.output), write_file)
     return 0

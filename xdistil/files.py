@@ -19,10 +19,14 @@ def save_atomic(path: Path, write) -> Path:
     return path
 
 
+def save_text(path: Path, text: str) -> Path:
+    """Write UTF-8 text atomically."""
+    return save_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def save_json(path: Path, value) -> Path:
     """Write JSON atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
-    return save_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    return save_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_json(path: Path, default=None):

@@ -5,7 +5,6 @@ Every loss is a mean over real positions in float32, 0 when there are none. Mask
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
 IGNORED = -100  # the label of positions without a tag: special tokens, later sub-words, padding
@@ -13,20 +12,23 @@ IGNORED = -100  # the label of positions without a tag: special tokens, later su
 
 def masked_mean(values, mask):
     """Mean of `values` where `mask` (broadcast against it) is 1; 0 when the mask is empty."""
-    mask = mask.expand_as(values).to(values.dtype)
-    # where, not a product: whatever padding holds (inf, nan) must not reach the sum
-    total = torch.where(mask > 0, values, values.new_zeros(())).sum()
-    return total / mask.sum().clamp(min=1)
+    return values.where(mask > 0, 0.0).sum() / mask.expand_as(values).sum().clamp(min=1)
+
+
+def _real(student, teacher, mask):
+    """Both tensors in float32, 1 on padding: what padding holds, were it inf or nan, must not reach a gradient."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape; project "
+                         "hidden states to the teacher's width, use equal head counts and the same labels")
+    return (tensor.float().where(mask > 0, 1.0) for tensor in (student, teacher))
 
 
 def _squared(student, teacher, mask):
-    if student.shape != teacher.shape:
-        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape; "
-                         "project hidden states, use equal head counts and the same labels")
-    return masked_mean((student.float() - teacher.float()) ** 2, mask)
+    student, teacher = _real(student, teacher, mask)
+    return masked_mean((student - teacher) ** 2, mask)
 
 
-def _pair_mask(mask):
+def _pairs(mask):
     return mask[:, None, :, None] * mask[:, None, None, :]  # [B, 1, S, S]
 
 
@@ -37,18 +39,19 @@ def hidden_mse(student, teacher, mask):
 
 def hidden_cosine(student, teacher, mask):
     """1 - cosine of hidden states [B, S, H_t], mean over tokens (DistilBERT's L_cos)."""
-    return masked_mean(1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1), mask)
+    student, teacher = _real(student, teacher, mask[..., None])
+    return masked_mean(1 - F.cosine_similarity(student, teacher, dim=-1), mask)
 
 
 def attention_mse(student, teacher, mask):
     """Mean squared error of attention maps [B, A, S, S] over heads and pairs of real tokens (2106.04563)."""
-    return _squared(student, teacher, _pair_mask(mask))
+    return _squared(student, teacher, _pairs(mask))
 
 
 def attention_kl(student, teacher, mask):
     """KL(teacher || student) of attention rows [B, A, S, S] in nats, mean over heads and real rows."""
-    student, teacher = student.float().clamp(min=1e-9), teacher.float()
-    rows = torch.where(_pair_mask(mask) > 0, torch.xlogy(teacher, teacher / student), 0.0).sum(-1)
+    student, teacher = _real(student, teacher, _pairs(mask))  # 1 on padding: its logarithm adds nothing to a row
+    rows = (teacher * (teacher.clamp(min=1e-9).log() - student.clamp(min=1e-9).log())).sum(-1)
     return masked_mean(rows, mask[:, None, :])
 
 
@@ -59,12 +62,11 @@ def logit_mse(student, teacher, mask):
 
 def logit_kl(student, teacher, mask, temperature: float = 1.0):
     """temperature^2 KL(teacher || student) of softened classes [B, S, C], in nats (Hinton et al. 2015)."""
-    log_s = F.log_softmax(student.float() / temperature, dim=-1)
-    log_t = F.log_softmax(teacher.float() / temperature, dim=-1)
+    log_s, log_t = (F.log_softmax(x / temperature, dim=-1) for x in _real(student, teacher, mask[..., None]))
     return masked_mean((log_t.exp() * (log_t - log_s)).sum(-1), mask) * temperature**2
 
 
 def tag_loss(logits, labels):
     """Cross-entropy of logits [B, S, C] against labels [B, S]; IGNORED positions do not count."""
     values = F.cross_entropy(logits.float().transpose(1, 2), labels.clamp(min=0), reduction="none")
-    return masked_mean(values, (labels != IGNORED).float())
+    return masked_mean(values, labels != IGNORED)

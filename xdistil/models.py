@@ -33,13 +33,16 @@ def find_checkpoint(checkpoint: str) -> str:
 
 
 def _load(loader, checkpoint, parameter: str, **options):
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its load report names the new head, which is expected here
+    logging.disable_progress_bar()
     try:
         return loader.from_pretrained(find_checkpoint(str(checkpoint)), **options)
     except (OSError, ValueError, ImportError) as error:
-        remedy = ("the folder needs config.json, tokenizer.json and model.safetensors"
-                  if Path(checkpoint).is_dir()
-                  else "give an existing folder, or a hub name on a machine with network")
-        reason = str(error).strip().splitlines()[0]
+        reason, remedy = str(error).strip().splitlines()[0], "give a folder, or a hub name on a machine with network"
+        if Path(checkpoint).is_dir():
+            remedy = "the folder needs config.json, tokenizer.json and model.safetensors"
         raise CheckpointError(f"{parameter}: cannot load {str(checkpoint)!r} ({reason}); {remedy}") from None
 
 
@@ -58,10 +61,9 @@ def load_tokenizer(checkpoint, parameter: str = "pt_teacher_checkpoint"):
     spaced = {"add_prefix_space": True} if config.model_type in BYTE_BPE else {}
     tokenizer = _load(AutoTokenizer, checkpoint, parameter, **spaced)
     if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id is None:
-        raise CheckpointError(
-            f"{parameter}: the tokenizer of {str(checkpoint)!r} has {len(tokenizer)} pieces and padding id "
-            f"{tokenizer.pad_token_id}, the model {config.vocab_size} rows; the folder needs its own "
-            "tokenizer.json with a padding token")
+        raise CheckpointError(f"{parameter}: the tokenizer of {str(checkpoint)!r} has {len(tokenizer)} pieces and "
+                              f"padding id {tokenizer.pad_token_id}, the model {config.vocab_size} rows; the folder "
+                              "needs its own tokenizer.json with a padding token")
     return tokenizer
 
 

@@ -2,20 +2,18 @@
 
 import io
 import itertools
-import math
 
 import numpy as np
-from matplotlib import colors, font_manager
+from matplotlib import colors, ticker
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.font_manager import findfont, get_font, get_font_names
 
 # Okabe-Ito: told apart under the common colour-vision deficiencies; without its faint yellow.
-TEACHER, STUDENT, SKY, ORANGE, BLACK, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#000000", "#6b6b6b"
+TEACHER, STUDENT, SKY, ORANGE, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#6b6b6b"
 CYCLE = (TEACHER, STUDENT, "#009E73", "#CC79A7", SKY, ORANGE)
 # A glyph that one font lacks is looked up in the next; matplotlib warns of fonts that are not installed.
-WANTED = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans Thai", "Noto Sans Devanagari", "WenQuanYi Zen Hei",
-          "Droid Sans Fallback", "FreeSans")
-FAMILIES = [name for name in WANTED if name in font_manager.get_font_names()]
+WANTED = ("DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Thai", "Noto Sans Devanagari")
+FAMILIES = [name for name in WANTED if name in get_font_names()]
 
 
 class Picture(Figure):
@@ -27,15 +25,15 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
-def _figure(title, height, width=11.6, rows=1, cols=1, layout="constrained", **settings):
+def _figure(title, height, width=11.6, rows=1, cols=1, grid=True, **settings):
     """Styled figure, inches; `settings` (labels, limits, ticks) hold for each of its axes."""
-    fig = Picture(figsize=(width, height), dpi=110, layout=layout)
+    fig = Picture(figsize=(width, height), dpi=110, layout="constrained")
     fig.suptitle(title, weight="bold", parse_math=False)
     axes = fig.subplots(rows, cols, sharex="col")
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="#dddddd")
-        ax.tick_params(labelfontfamily=FAMILIES)
+        if grid:
+            ax.grid(axis="y", color="#dddddd")
         ax.set(axisbelow=True, **settings)
     return fig, axes
 
@@ -45,19 +43,11 @@ def _legend(fig, ncols):
     return fig
 
 
-def _drawable(tokens):
-    """Tokens with a box for each glyph that no font has, cut to 16 characters."""
-    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in FAMILIES]
-    known = set().union(*(font.get_charmap() for font in fonts))
-    return ["".join(c if ord(c) in known else "\u25af" for c in token)[:16] for token in tokens]
-
-
 def _heat_map(matrix, title, label, vmax, **settings):
     """Colours from 0 to `vmax`, NaN grey, row 0 at the bottom; values in the cells unless too many."""
     rows, cols = matrix.shape
     fig, ax = _figure(title, min(1.7 + 0.36 * rows, 8), min(3.4 + 0.62 * cols, 11.6), xticks=range(cols),
-                      yticks=range(rows), facecolor="#cccccc", **settings)
-    ax.grid(False)
+                      yticks=range(rows), facecolor="#cccccc", grid=False, **settings)
     fig.colorbar(ax.imshow(matrix, "cividis", vmin=0, vmax=vmax, aspect="auto", origin="lower"), label=label)
     for (row, col), value in np.ndenumerate(matrix):
         if max(rows, cols) <= 16 and np.isfinite(value):
@@ -70,38 +60,36 @@ def plot_lengths(lengths, seq_len):
     """`lengths`: {file: sub-words of each sentence}; `seq_len`: sub-words per sequence."""
     fig, ax = _figure("Sentence lengths: those right of the dashed line are split into windows", 4.4,
                       xlabel="sub-words per sentence (last bin: all longer ones)", ylabel="sentences (%)")
-    bins = np.arange(-0.5, 1.5 * seq_len, math.ceil(seq_len / 40))
+    bins = np.arange(-0.5, 1.5 * seq_len, max(1, seq_len // 40))
     for (name, values), colour in zip(lengths.items(), CYCLE, strict=False):
-        longer = 100 * np.mean(np.array(values) > seq_len)
+        cut = 100 * np.mean(np.array(values) > seq_len)
         ax.hist(np.minimum(values, bins[-1]), bins, weights=np.full(len(values), 100 / len(values)),
-                histtype="step", linewidth=1.8, color=colour,
-                label=f"{name}: {len(values):,} sentences, {longer:.3g} % longer than {seq_len}")
+                histtype="step", color=colour, label=f"{name}: {len(values):,} sentences, {cut:.3g} % split")
     ax.axvline(seq_len + 0.5, color=GREY, linestyle="--", label=f"seq_len: {seq_len} sub-words")
     return _legend(fig, 2)
 
 
 def plot_history(history, title):
-    """Records of history.jsonl by optimizer update. Above: the loss and its terms; below: the held-out
-    metric (F1 in percent), a star at the best. Dotted lines: an unfreezing step begins."""
+    """Records of history.jsonl by optimizer update: the loss and its terms above, the held-out metric (F1 in
+    percent) with a star at its best below; dotted lines where an unfreezing step begins."""
     fig, (top, low) = _figure(title, 6.6, rows=2)
     train, evals = ([r for r in history if r["kind"] == kind] for kind in ("train", "eval"))
     terms = [k for k in train[0] if k not in ("kind", "step", "step_name", "epoch", "update", "lr")]
     families = itertools.groupby(terms, lambda term: term.rstrip("_0123456789"))
-    for (_, group), colour in zip(families, (BLACK, *CYCLE), strict=False):
+    for (_, group), colour in zip(families, ("black", *CYCLE), strict=False):
         first, *others = names = list(group)
         label = f"{first} (dark) … {names[-1]} (pale)" if others else first
         for name, alpha in zip(names, np.linspace(1, 0.35, len(names)), strict=True):
-            top.plot([r["update"] for r in train], [r[name] for r in train], color=colour, alpha=alpha,
-                     marker="o" if len(train) == 1 else "", label=label if name == first else None)
-    losses = [r[term] for r in train for term in terms]
-    top.set(ylabel="loss", yscale="log" if max(losses) > 20 * min(losses) > 0 else "linear")
-    metric = evals[0]["metric"]
-    unit, scale = (" (%)", 100) if metric.endswith("F1") else ("", 1)
+            top.plot([r["update"] for r in train], [r[name] for r in train], ".-", color=colour, alpha=alpha,
+                     markersize=3, linewidth=3 if name == "loss" else 1, label=label if name == first else "")
+    top.set(yscale="log", ylabel="loss (log scale)")
+    metric = evals[0]["metric"].replace("F1", "F1 (%)")
+    scale = 100 if "%" in metric else 1
     low.plot([r["update"] for r in evals], [scale * r["score"] for r in evals], "o-", color=STUDENT)
     best = [r for r in evals if r["best"]][-1]  # "best": it beats all before it
-    low.plot(best["update"], scale * best["score"], "*", color=ORANGE, markersize=15, markeredgecolor=BLACK,
-             label=f"best: {scale * best['score']:.4g}{unit} at update {best['update']:,}")
-    low.set(xlabel="optimizer updates", ylabel=metric + unit)
+    low.plot(best["update"], scale * best["score"], "*", color=ORANGE, markersize=15, mec="black",
+             label=f"best {metric}: {scale * best['score']:.4g} at update {best['update']:,}")
+    low.set(xlabel="optimizer updates", ylabel=metric)
     for name, start in {r["step_name"]: r["update"] for r in reversed(history)}.items():
         top.text(start, 1.02, name, transform=top.get_xaxis_transform(), color=GREY, rotation=15)
         for ax in (top, low):
@@ -110,7 +98,7 @@ def plot_history(history, title):
 
 
 def plot_spectrum(singular_values, kept):
-    """`singular_values`: [D] of the teacher's word embeddings, largest first (no unit); `kept`: how many."""
+    """`singular_values`: [D] of the teacher's embeddings, largest first (no unit); `kept`: how many."""
     energy = 100 * np.cumsum(np.square(singular_values)) / np.sum(np.square(singular_values))
     size, share = len(energy), energy[kept - 1]
     fig, axes = _figure(f"The first {kept} of {size} singular values hold {share:.1f} % of the energy", 4.2,
@@ -126,43 +114,41 @@ def plot_spectrum(singular_values, kept):
 def plot_attention_pair(tokens, teacher, student, title, head=None):
     """Attention of one sentence of S `tokens`: `teacher` [A_t, S, S], `student` [A_s, S, S], weights from 0
     to 1, row = attending token. `head`: index from 0, None = mean over heads."""
-    what = "mean over heads" if head is None else f"head {head} (counted from 0)"
-    shown = range(0, len(tokens), math.ceil(len(tokens) / 36))  # more names could not be read
-    names = _drawable(tokens[i] for i in shown)
-    fig, axes = _figure(f"{title}: {what}", 5.8, cols=3, layout="compressed", xlabel="attended token",
-                        ylabel="attending token", xticks=shown, xticklabels=names, yticks=shown, yticklabels=names)
+    # A box stands for what no font can draw; more than 36 names would touch.
+    known = {code for name in FAMILIES for code in get_font(findfont(name)).get_charmap()}
+    shown = range(0, len(tokens), 1 + (len(tokens) - 1) // 36)
+    names = ["".join(c if ord(c) in known else "\u25af" for c in tokens[i])[:12] for i in shown]
+    style = {"parse_math": False, "family": FAMILIES, "size": min(9, 200 / len(names))}
     first, second = (np.mean(side, 0) if head is None else side[head] for side in (teacher, student))
-    # Square-root scale: a few weights near 1 ([CLS], [SEP]) would leave all the others dark.
-    weights = ("cividis", colors.PowerNorm(0.5, 0, max(first.max(), second.max())), "weight (square-root scale)")
-    differences = ("RdBu_r", colors.CenteredNorm(), "difference of weights")
-    for ax, values, name, (cmap, norm, label) in zip(
-            axes, (first, second, second - first), ("Teacher", "Student", "Student − teacher"),
-            (weights, weights, differences), strict=True):
-        fig.colorbar(ax.imshow(values, cmap, norm), label=label, location="bottom", shrink=0.8)
-        ax.tick_params(labelsize=min(9, 160 / len(names)))
-        ax.tick_params("x", rotation=90)
-        ax.grid(False)
+    scale = colors.PowerNorm(0.5, 0, max(first.max(), second.max()))  # else [CLS] and [SEP] outshine all
+    panels = (("Teacher", first, "cividis", scale, "weight (square-root scale)"),
+              ("Student", second, "cividis", scale, "weight (square-root scale)"),
+              ("Student − teacher", second - first, "RdBu_r", colors.CenteredNorm(), "difference of weights"))
+    title += ": mean over heads" if head is None else f": head {head} (counted from 0)"
+    fig, axes = _figure(title, 6.2, cols=3, grid=False, xlabel="attended token", ylabel="attending token")
+    for ax, (name, data, cmap, norm, unit) in zip(axes, panels, strict=True):
+        fig.colorbar(ax.imshow(data, cmap, norm), ticks=ticker.MaxNLocator(4), label=unit, location="bottom")
+        ax.set_xticks(shown, names, rotation=90, **style)
+        ax.set_yticks(shown, names, **style)
         ax.set_title(name)
         ax.label_outer()
     return fig
 
 
 def plot_cka(cka, pairs, title):
-    """`cka`: [L_t + 1, L_s + 1] linear CKA from 0 to 1 of all layers, index 0 = embeddings; `pairs`:
-    (student layer, teacher layer) distilled into each other, framed."""
+    """`cka`: [L_t + 1, L_s + 1] from 0 to 1, index 0 = embeddings; `pairs`: distilled (student, teacher)."""
     fig, ax = _heat_map(np.array(cka), title + "\nframed: distilled pairs" * bool(pairs), "linear CKA", 1,
                         xlabel="student layer (0 = embeddings)", ylabel="teacher layer (0 = embeddings)")
     for student, teacher in pairs:
-        ax.add_patch(Rectangle((student - 0.5, teacher - 0.5), 1, 1, fill=False, edgecolor=STUDENT, linewidth=3))
+        ax.bar(student, 1, 1, teacher - 0.5, fill=False, clip_on=False, edgecolor=STUDENT, linewidth=3)
     return fig
 
 
 def plot_cosine(before, after, pairs):
-    """Mean token cosine (-1 to 1) of student and teacher states `before` and `after` stage 1, one value for
-    each (student layer, teacher layer) of `pairs`."""
+    """`before`, `after` stage 1: mean token cosine (-1 to 1) of each (student, teacher) layer pair."""
     at, names = np.arange(len(pairs)), [f"S{student} ← T{teacher}" for student, teacher in pairs]
-    fig, ax = _figure("Cosine of student and teacher states (1 = same direction)", 3.9, ymargin=0.1, xticks=at,
-                      xticklabels=names, xlabel="student layer ← teacher layer", ylabel="mean token cosine")
+    fig, ax = _figure("Cosine of student and teacher states (1 = same direction)", 3.9, ymargin=0.1,
+                      ylabel="mean token cosine", xticks=at, xticklabels=names)
     for bars in (ax.bar(at - 0.2, before, 0.38, color=SKY, label="before stage 1"),
                  ax.bar(at + 0.2, after, 0.38, color=STUDENT, label="after stage 1")):
         ax.bar_label(bars, fmt="{:.2f}", fontsize=8)
@@ -170,11 +156,9 @@ def plot_cosine(before, after, pairs):
 
 
 def plot_attention_kl(kl, pairs, title):
-    """`kl`: [n_pairs, A] divergence of the student's attention from the teacher's in nats, a row for each
-    (student layer, teacher layer) of `pairs`, a column for each head."""
-    names = [f"S{student} ← T{teacher}" for student, teacher in pairs]
-    return _heat_map(np.array(kl), title, "KL divergence (nats)", np.nanmax(kl), yticklabels=names,
-                     xlabel="attention head (counted from 0)", ylabel="student ← teacher layer")[0]
+    """`kl`: [n_pairs, A] divergence of attention in nats, by head; `pairs`: (student, teacher) layers."""
+    return _heat_map(np.array(kl), title, "KL divergence (nats)", np.nanmax(kl), xlabel="head (from 0)",
+                     yticklabels=[f"S{student} ← T{teacher}" for student, teacher in pairs])[0]
 
 
 def plot_languages(teacher, student, title):
@@ -183,9 +167,8 @@ def plot_languages(teacher, student, title):
     names = sorted(teacher, key=lambda name: teacher[name] or 0, reverse=True)
     scores = 100 * np.array([[side[name] for name in names] for side in (teacher, student)], dtype=float)
     at, both = np.arange(len(names)), np.isfinite(scores).all(0)
-    side = max(0.7, 2.6 - len(names) / 2)  # else one language would fill the width with two bars
-    fig, ax = _figure(f"{title}\nrow at the top: share of the teacher's F1 kept", 4.6, xlabel="language",
-                      ylabel="F1 (%)", xlim=(-side, len(names) - 1 + side), ylim=(0, 108))
+    fig, ax = _figure(f"{title}\nrow at the top: share of the teacher's F1 kept", 4.6, ylim=(0, 108),
+                      xlim=(-0.7, max(at[-1], 4) + 0.7), xticks=at, xticklabels=names, ylabel="F1 (%)")
     for who, f1, shift, colour in zip(("teacher", "student"), scores, (-0.2, 0.2), CYCLE, strict=False):
         ax.bar_label(ax.bar(at + shift, f1, 0.38, color=colour), fmt="{:.1f}", label_type="center",
                      color="white", fontsize=8, rotation=90 if len(names) > 9 else 0)
@@ -193,13 +176,11 @@ def plot_languages(teacher, student, title):
         ax.axhline(f1[both].mean(), color=colour, linestyle="--", label=label)
     for i in np.flatnonzero(both & (scores[0] > 0)):
         ax.text(i, 102, f"{100 * scores[1, i] / scores[0, i]:.0f} %", ha="center", fontsize=9)
-    ax.set(xticks=at, xticklabels=names, yticks=range(0, 101, 20))
     return _legend(fig, 2)
 
 
 def plot_stages(scores, teacher):
-    """`scores`: {stage: dev macro F1 of the student after it} in the order of training; `teacher`: the
-    teacher's; both from 0 to 1."""
+    """`scores`: {stage: the student's dev macro F1 after it}; `teacher`: the teacher's; both from 0 to 1."""
     fig, ax = _figure("Dev macro F1 of the student after each stage", 3.9, 8.5, xlabel="after stage",
                       ylabel="dev macro F1 (%)", xmargin=0.2, ymargin=0.2)
     ax.plot(list(scores), [100 * f1 for f1 in scores.values()], "o-", color=STUDENT, label="student")
@@ -212,18 +193,18 @@ def plot_stages(scores, teacher):
 def plot_size_speed(rows):
     """`rows`: dicts of "name", "parameters", "non_embedding" (counts), "mb" (megabytes), "ms_per_sentence"
     (batch 1), "sentences_per_second" and "f1" (0 to 1); a number may be None."""
-    columns = ("parameters", "non_embedding", "ms_per_sentence", "sentences_per_second", "mb", "f1")
-    numbers = np.array([[row[key] for key in columns] for row in rows], dtype=float)
-    names = [row["name"] + f"\n{mb:.0f} MB\nF1 {100 * f1:.1f} %".replace("nan", "–")
-             for row, (*_, mb, f1) in zip(rows, numbers, strict=True)]
-    fig, axes = _figure("Size and speed: what the student saves", 4.2, cols=3, ymargin=0.1)
-    total, other = numbers[:, :2].T / 1e6
-    panels = ((total, "Parameters (hatched: embeddings)", "parameters (millions)"),
-              (numbers[:, 2], "Time of one sentence (less is better)", "ms per sentence at batch 1"),
-              (numbers[:, 3], "Throughput (more is better)", "sentences per second"))
+    columns = ("parameters", "non_embedding", "mb", "ms_per_sentence", "sentences_per_second", "f1")
+    total, other, mb, single, batch, f1 = np.array([[row[c] for row in rows] for c in columns], dtype=float)
+    names = [row["name"] + f"\n{size:.0f} MB\nF1 {100 * score:.1f} %".replace("nan", "–")
+             for row, size, score in zip(rows, mb, f1, strict=True)]
+    at, paint = np.arange(len(rows)), [TEACHER if row["name"] == "teacher" else STUDENT for row in rows]
+    fig, axes = _figure("Size and speed: what the student saves", 4.2, cols=3, ymargin=0.1, xticks=at,
+                        xticklabels=names, xlim=(-0.6, at[-1] + 0.6))
+    panels = ((total / 1e6, "Parameters (hatched: embeddings)", "parameters (millions)"),
+              (single, "Time of one sentence (less is better)", "ms per sentence at batch 1"),
+              (batch, "Throughput (more is better)", "sentences per second"))
     for ax, (values, title, unit) in zip(axes, panels, strict=True):
-        bars = ax.bar(names, values, 0.6, color=[TEACHER if row["name"] == "teacher" else STUDENT for row in rows])
-        ax.bar_label(bars, fmt="{:,.4g}")
+        ax.bar_label(ax.bar(at, values, 0.6, color=paint), fmt="{:,.4g}")
         ax.set(title=title, ylabel=unit)
-    axes[0].bar(names, total - other, 0.6, bottom=other, fill=False, hatch="//", edgecolor="white")
+    axes[0].bar(at, (total - other) / 1e6, 0.6, other / 1e6, fill=False, hatch="//", edgecolor="white")
     return fig

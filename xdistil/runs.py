@@ -9,15 +9,10 @@ from pathlib import Path
 from xdistil.files import read_json, read_jsonl, save_atomic, save_json
 from xdistil.params import Params, fingerprint
 
-STAGES = {  # folder of the run: the function of `stages`, and the notebook's name after its number
-    "teacher": "finetune_teacher",
-    "student-init": "build_student",
-    "hidden": "distil_hidden",
-    "logits": "distil_logits",
-    "labels": "finetune_student",
-    "evaluation": "evaluate_student",
-    "student": "export_student",
-}
+# folder of the run: the function of `stages`, and its notebook's name after the number
+STAGES = {"teacher": "finetune_teacher", "student-init": "build_student", "hidden": "distil_hidden",
+          "logits": "distil_logits", "labels": "finetune_student", "evaluation": "evaluate_student",
+          "student": "export_student"}
 
 
 class Stage:
@@ -53,31 +48,28 @@ class Stage:
     def begin(self, depends: dict) -> bool:
         """Whether there is work to do; says why, and clears what is out of date.
 
-        An unfinished stage with the same dependencies is left as it is, to be resumed. Raises
-        FileExistsError if the folder holds files that no run wrote.
+        An unfinished stage with the same dependencies is left as it is, to be resumed. Raises FileExistsError
+        if the folder holds files that no run wrote.
         """
         begun, depends = read_json(self.dir / "begun.json"), json.loads(json.dumps(depends, default=str))
-        if self.done == depends:
-            self.say("done before with the same parameters and data")
-            return False
-        if begun == depends and self.done is None:
-            self.say("interrupted before: goes on from its last checkpoint")
-            return True
+        if begun == depends:
+            self.say("done before with the same parameters and data" if self.done
+                     else "interrupted before: goes on from its last checkpoint")
+            return self.done is None
         if begun is not None:
             self.say(f"runs again: {describe_changes(begun, depends)}")
             shutil.rmtree(self.dir)
         elif self.dir.is_dir() and any(self.dir.iterdir()):
-            raise FileExistsError(f"model_dir: {self.dir} holds files that no run of xdistil wrote; move them "
-                                  "away or choose another model_dir")
+            raise FileExistsError(f"model_dir: {self.dir} holds files that no run of xdistil wrote; move them away or "
+                                  "choose another model_dir")
         save_json(self.dir / "begun.json", depends)
         return True
 
-    def finish(self, metrics: dict) -> Stage:
+    def finish(self, metrics: dict) -> None:
         """Write the metrics, then the done mark; drop the checkpoint."""
         save_json(self.dir / "metrics.json", metrics)
         save_json(self.dir / "done.json", read_json(self.dir / "begun.json"))
         (self.dir / "checkpoint.safetensors").unlink(missing_ok=True)
-        return self
 
 
 def describe_changes(old: dict, new: dict) -> str:
@@ -87,15 +79,10 @@ def describe_changes(old: dict, new: dict) -> str:
 
 
 class Run:
-    """The folder of a run and the parameters in force."""
+    """The folder of a run and the parameters in force; nothing is written until a stage begins."""
 
     def __init__(self, params: Params):
         self.params, self.dir = params, Path(params.model_dir)
-
-    @classmethod
-    def open(cls, params: Params) -> Run:
-        """The run in `params.model_dir`; nothing is written until a stage begins."""
-        return cls(params)
 
     def stage(self, name: str) -> Stage:
         """The stage in folder `name`, one of STAGES."""
@@ -104,4 +91,4 @@ class Run:
     def save_figure(self, figure, name: str) -> Path:
         """Save a matplotlib figure as figures/NAME.png and return its path."""
         path = self.dir / "figures" / f"{name}.png"
-        return save_atomic(path, lambda p: figure.savefig(p, format="png", dpi=150))
+        return save_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))

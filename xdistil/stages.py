@@ -1,13 +1,15 @@
 """The spine: seven calls, in order, each reading and writing folders of a run.
 
-A finished stage whose parameters, data and upstream stages are unchanged is loaded, not repeated; an
-interrupted one goes on from its last checkpoint.
+A finished stage whose parameters, data and upstream stages are unchanged is loaded, not repeated; an interrupted one
+goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import time
+from importlib import resources
 
 import torch
 from accelerate.utils import set_seed
@@ -16,7 +18,7 @@ from torch import nn
 
 from xdistil import alignment, data, embeddings, evaluate, losses, models, students
 from xdistil.devices import open_accelerator
-from xdistil.files import save_atomic, save_json
+from xdistil.files import save_atomic, save_json, save_text
 from xdistil.inputs import Inputs, depends, given_teacher, task_file, teacher_dir, teacher_source
 from xdistil.params import RANDOM_TEACHER, Params, fingerprint
 from xdistil.runs import STAGES, Run, Stage, describe_changes
@@ -41,7 +43,7 @@ def _stage(name: str):
                 save_json(run.dir / "params.json", params.model_dump())
                 start = time.monotonic()
                 set_seed(params.seed)
-                metrics = work(params, run, stage)
+                metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
                 seconds = round(time.monotonic() - start, 2)
                 stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": _peak_memory_mb()})
                 stage.say(f"finished in {seconds} s")
@@ -53,17 +55,25 @@ def _stage(name: str):
 
 
 def _peak_memory_mb() -> float | None:
-    """Peak resident memory of this process so far, in megabytes (1e6 bytes)."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    """Peak resident memory of this process so far, in megabytes (1e6 bytes); None on Windows."""
+    if sys.platform == "win32":
         return None
+    import resource
+
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
 
 
 def _recipe(params: Params, epochs: int, lr: float) -> Recipe:
-    return Recipe(epochs, lr, params.patience, params.warmup_ratio, params.lr_schedule, params.weight_decay,
-                  params.max_grad_norm)
+    rest = params.pick("patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
+    return Recipe(epochs, lr, **rest)
+
+
+def _load_teacher(params: Params, run: Run, inputs: Inputs, device="cpu"):
+    return models.load_classifier(teacher_dir(params, run), inputs.labels, "teacher_model_dir").eval().to(device)
+
+
+def _load_student(run: Run, name: str, inputs: Inputs, device="cpu"):
+    return models.load_classifier(run.stage(name).dir, inputs.labels, "model_dir").to(device)
 
 
 def _label_terms(model, batch):
@@ -71,26 +81,24 @@ def _label_terms(model, batch):
 
 
 @_stage("teacher")
-def finetune_teacher(params: Params, run: Run, stage: Stage):
+def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     """1. Fine-tune the teacher on labels; or score the one in teacher_model_dir, which stays as it is."""
-    accelerator, folder = open_accelerator(params.device, params.opt_policy), teacher_dir(params, run)
+    checkpoint, folder = params.pt_teacher_checkpoint, teacher_dir(params, run)
     if given_teacher(params, run):
         stage.say(f"fine-tuning skipped: {folder} holds a fine-tuned teacher")
         inputs = Inputs(params, run)
-        teacher = models.load_classifier(folder, inputs.labels, "teacher_model_dir").to(accelerator.device)
+        teacher = _load_teacher(params, run, inputs, accelerator.device)
         return {"dev": inputs.score(teacher, "dev", accelerator)[0], **models.size_of(teacher)}
-    checkpoint = params.pt_teacher_checkpoint
     if checkpoint == RANDOM_TEACHER:
         labels = data.read_labels(task_file(params, run, "labels"))
         sentences = data.read_tagged(task_file(params, run, "train"), labels).words
-        words = {word for sentence in sentences for word in sentence}
-        checkpoint = models.random_teacher(words, labels, stage.dir / "untrained")
+        checkpoint = models.random_teacher({w for words in sentences for w in words}, labels, stage.dir / "untrained")
     inputs = Inputs(params, run, str(checkpoint))
     teacher = models.load_classifier(checkpoint, inputs.labels, "pt_teacher_checkpoint")
     summary = fit(
         teacher, _label_terms, inputs.labelled(params.teacher_batch_size), inputs.dev_f1(accelerator),
         _recipe(params, params.teacher_epochs or params.ft_epochs, params.teacher_lr),
-        [("all", [n for n, _ in teacher.named_parameters()])],
+        [("all", [name for name, _ in teacher.named_parameters()])],
         accelerator=accelerator, folder=stage.dir, name=stage.name)
     models.save_model(teacher, inputs.tokenizer, folder)
     save_json(folder / "xdistil.json", {"fine-tuned by": "xdistil", "params": params.model_dump()})
@@ -102,8 +110,8 @@ def read_configs(params: Params, run: Run, checkpoint: str | None = None, parame
     teacher = models.load_config(checkpoint or teacher_dir(params, run), parameter)
     family = (params.pt_teacher or "").removeprefix("TF").removesuffix("Model").lower()
     if family not in ("", teacher.model_type.replace("-", "").replace("_", "")):
-        raise models.CheckpointError(f"pt_teacher: {params.pt_teacher!r}, but {parameter} is a "
-                                     f"{teacher.model_type!r} model; name its class or leave pt_teacher out")
+        raise models.CheckpointError(f"pt_teacher: {params.pt_teacher!r}, but {parameter} is a {teacher.model_type!r} "
+                                     "model; name its class or leave pt_teacher out")
     sizes = params.pick("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint, **sizes)
     students.check_shapes(teacher, student, seq_len=params.seq_len, init=params.initialisation,
@@ -119,58 +127,47 @@ def check_models(params: Params, run: Run) -> None:
 
 
 @_stage("student-init")
-def build_student(params: Params, run: Run, stage: Stage):
+def build_student(params: Params, run: Run, stage: Stage, _accelerator):
     """2. Build the student on the teacher's vocabulary; compress, map or copy its word embeddings."""
     inputs, (_, config) = Inputs(params, run), read_configs(params, run)
     teacher = _load_teacher(params, run, inputs)
-    student, done = students.build_student(
+    student, origin = students.build_student(
         config, teacher, params.initialisation, params.pt_student_checkpoint, inputs.labels, inputs.tokenizer,
         params.compress_word_embedding)
     models.save_model(student, inputs.tokenizer, stage.dir)
     inputs.tokenizer.save_pretrained(run.dir / "tokenizer")
     _, spectrum = embeddings.compress(word_embedding(teacher), 1)
-    return {**done, **models.size_of(student), "teacher": models.size_of(teacher),
+    return {"word_embeddings": origin, **models.size_of(student), "teacher": models.size_of(teacher),
             "rank": student.config.hidden_size, "singular_values": [round(x, 4) for x in spectrum.tolist()]}
-
-
-def _load_student(run: Run, name: str, inputs: Inputs):
-    return models.load_classifier(run.stage(name).dir, inputs.labels, "model_dir")
-
-
-def _load_teacher(params: Params, run: Run, inputs: Inputs):
-    return models.load_classifier(teacher_dir(params, run), inputs.labels, "teacher_model_dir").eval()
 
 
 def layer_pairs(params: Params, teacher_config, student_config):
     """Pairs (student, teacher) of hidden states 0..L and of attention layers 1..L that are distilled."""
     pairs = students.spread(student_config.num_hidden_layers, teacher_config.num_hidden_layers, params.layer_map)
-    return (pairs if params.distil_multi_hidden_states else pairs[-1:],
-            pairs[1:] if params.distil_attention else [])
+    return (pairs if params.distil_multi_hidden_states else pairs[-1:]), (pairs[1:] if params.distil_attention else [])
 
 
 def _frozen_words(params: Params, student) -> frozenset[str]:
-    names = (n for n, p in student.named_parameters() if p is word_embedding(student))
+    names = (name for name, parameter in student.named_parameters() if parameter is word_embedding(student))
     return frozenset(names if params.freeze_word_embedding else ())
 
 
 def _transfer(params: Params, run: Run, inputs: Inputs, teacher, spec: TargetSpec, accelerator):
     """The store of teacher outputs, a feed over the chunks, and a function to the held-out batches."""
     _, examples = inputs.read("transfer")
-    held_out, chunks = data.split_transfer(
-        len(examples), params.distil_chunk_size, params.holdout_ratio, params.seed)
-    key = fingerprint([run.stage("teacher").fingerprint, depends(params, run, "logits")["transfer file"],
-                       params.pick("seed", "opt_policy", "seq_len", "transfer_limit", "distil_chunk_size",
-                                   "holdout_ratio")])
+    cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
+    held_out, chunks = data.split_transfer(len(examples), **cut)
+    key = fingerprint([run.stage("teacher").fingerprint, depends(params, run, "logits")["transfer file"], cut,
+                       params.pick("opt_policy", "seq_len", "transfer_limit")])
     size = params.student_distil_batch_size
-    store = TargetStore(teacher, spec, examples, inputs.pad_id, accelerator, size,
-                        params.targets_cache_gb * 1e9, run.dir / "targets" / key)
+    store = TargetStore(teacher, spec, examples, inputs.pad_id, accelerator, size, params.targets_cache_gb * 1e9,
+                        run.dir / "targets" / key)
 
     def batches(pass_number: int, chunk: int):
-        seed = params.seed + 7919 * pass_number + 104729 * chunk
-        return store.batches(f"chunk-{chunk}", chunks[chunk], size, seed)
+        return store.batches(f"chunk-{chunk}", chunks[chunk], size, params.seed + 7919 * pass_number + 104729 * chunk)
 
-    return store, Feed(batches, sum(map(len, chunks)), len(chunks)), (
-        lambda: store.batches("held-out", held_out, size))
+    feed = Feed(batches, sum(map(len, chunks)), len(chunks))
+    return store, feed, lambda: store.batches("held-out", held_out, size)
 
 
 def _held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
@@ -178,87 +175,84 @@ def _held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
 
     def judge(model):
         model.eval()
-        sums, n = {}, 0
+        means, n = {}, 0
         for batch in held_out():
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            batch, size = {name: x.to(accelerator.device) for name, x in batch.items()}, len(batch["input_ids"])
             with torch.inference_mode(), accelerator.autocast():
                 found = terms(model, batch)
-            n += len(batch["input_ids"])
+            n += size
             for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(batch["input_ids"])
-        total = sum(weights.get(name.split("_")[0], 1.0) * value / n for name, value in sums.items())
-        return {"metric": "held-out loss", "score": total,
-                **{f"held_out_{name}": value / n for name, value in sums.items()}}
+                means[name] = means.get(name, 0.0) + (float(value) - means.get(name, 0.0)) * size / n
+        total = sum(weights.get(name.split("_")[0], 1.0) * mean for name, mean in means.items())
+        return {"metric": "held-out loss", "score": total, **{f"held_out_{name}": x for name, x in means.items()}}
 
     return judge
 
 
 @_stage("hidden")
-def distil_hidden(params: Params, run: Run, stage: Stage):
+def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     """3. Stage 1: hidden states and attention on the transfer set; then fold the head."""
-    accelerator, inputs = open_accelerator(params.device, params.opt_policy), Inputs(params, run)
-    teacher = _load_teacher(params, run, inputs).to(accelerator.device)
-    student = _load_student(run, "student-init", inputs).to(accelerator.device)
+    inputs, device = Inputs(params, run), accelerator.device
+    teacher, student = _load_teacher(params, run, inputs, device), _load_student(run, "student-init", inputs, device)
     hidden, maps = layer_pairs(params, teacher.config, student.config)
     for model in (teacher, student) if maps else ():
         model.set_attn_implementation("eager")  # the only one that returns maps
     models.set_dropout(student, hidden=params.dropout, attention=0.0)
-    projections = students.make_projections(hidden, student.config.hidden_size, teacher.config.hidden_size)
-    both = nn.ModuleDict({"student": student, "projections": projections.to(accelerator.device)})
+    projections = students.make_projections(hidden, student.config.hidden_size, teacher.config.hidden_size).to(device)
+    both = nn.ModuleDict({"student": student, "projections": projections})
     spec = TargetSpec(tuple(t for _, t in hidden), tuple(t for _, t in maps))
     store, feed, held_out = _transfer(params, run, inputs, teacher, spec, accelerator)
     terms = students.distil_terms(hidden, maps, params.hidden_loss, params.attention_loss)
     weights = {"hidden": params.hidden_weight, "attention": params.attention_weight}
     fixed = {f"student.{n}" for n in (*dict(layer_groups(student))["head"], *_frozen_words(params, student))}
     measure = functools.partial(
-        alignment.measure_alignment, teacher, student, projections, inputs.read("dev")[1], inputs.pad_id,
-        accelerator.device, hidden_pairs=hidden, attention_pairs=maps)
+        alignment.measure_alignment, teacher, student, projections, inputs.read("dev")[1], inputs.pad_id, device,
+        hidden_pairs=hidden, attention_pairs=maps)
     before = measure()
     summary = fit(
         both, terms, feed, _held_out_loss(terms, held_out, weights, accelerator),
         _recipe(params, params.distil_epochs, params.distil_lr),
-        [("all", [n for n, _ in both.named_parameters() if n not in fixed])],
+        [("all", [name for name, _ in both.named_parameters() if name not in fixed])],
         accelerator=accelerator, folder=stage.dir, name=stage.name, weights=weights)
     top = str(hidden[-1][0])
     students.fold_head(student, teacher, projections[top] if top in projections else None)
     models.save_model(student, inputs.tokenizer, stage.dir)
-    save_atomic(stage.dir / "projections.safetensors", lambda path: save_file(
-        {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}, path))
+    tensors = {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}
+    save_atomic(stage.dir / "projections.safetensors", lambda path: save_file(tensors, path))
     store.drop("hidden", "attention")
-    return {"dev": inputs.score(student, "dev", accelerator)[0], **summary,
-            "alignment_before": before, "alignment_after": measure()}
+    return {"dev": inputs.score(student, "dev", accelerator)[0], **summary, "alignment_before": before,
+            "alignment_after": measure()}
 
 
 @_stage("logits")
-def distil_logits(params: Params, run: Run, stage: Stage):
+def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     """4. Stage 2: the teacher's logits on the transfer set, with gradual unfreezing."""
-    accelerator, inputs = open_accelerator(params.device, params.opt_policy), Inputs(params, run)
-    teacher = _load_teacher(params, run, inputs).to(accelerator.device)
+    inputs = Inputs(params, run)
+    teacher = _load_teacher(params, run, inputs, accelerator.device)
     _, feed, held_out = _transfer(params, run, inputs, teacher, TargetSpec(), accelerator)
+    loss = {"mse": losses.logit_mse, "kl": functools.partial(losses.logit_kl, temperature=params.temperature)}
 
     def terms(model, batch):
-        pair = models.run_model(model, batch)[0], batch["teacher_logits"], batch["attention_mask"]
-        return {"logits": losses.logit_mse(*pair) if params.logit_loss == "mse"
-                else losses.logit_kl(*pair, params.temperature)}
+        logits = models.run_model(model, batch)[0]
+        return {"logits": loss[params.logit_loss](logits, batch["teacher_logits"], batch["attention_mask"])}
 
-    return _train_downwards(
-        params, run, stage, inputs, accelerator, "hidden", terms, feed,
-        _held_out_loss(terms, held_out, {}, accelerator), _recipe(params, params.distil_epochs, params.logit_lr))
+    judge = _held_out_loss(terms, held_out, {}, accelerator)
+    recipe = _recipe(params, params.distil_epochs, params.logit_lr)
+    return _train_downwards(params, run, stage, accelerator, inputs, "hidden", terms, feed, judge, recipe)
 
 
 @_stage("labels")
-def finetune_student(params: Params, run: Run, stage: Stage):
+def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     """5. Stage 3: cross-entropy on labels, with gradual unfreezing; dev F1 selects."""
-    accelerator, inputs = open_accelerator(params.device, params.opt_policy), Inputs(params, run)
-    return _train_downwards(
-        params, run, stage, inputs, accelerator, "logits", _label_terms,
-        inputs.labelled(params.student_ft_batch_size), inputs.dev_f1(accelerator),
-        _recipe(params, params.ft_epochs, params.ft_lr))
+    inputs = Inputs(params, run)
+    feed, judge = inputs.labelled(params.student_ft_batch_size), inputs.dev_f1(accelerator)
+    recipe = _recipe(params, params.ft_epochs, params.ft_lr)
+    return _train_downwards(params, run, stage, accelerator, inputs, "logits", _label_terms, feed, judge, recipe)
 
 
-def _train_downwards(params, run, stage, inputs, accelerator, source: str, terms, feed, judge, recipe):
+def _train_downwards(params, run, stage, accelerator, inputs, source: str, terms, feed, judge, recipe):
     """What stages 2 and 3 share: load, unfreeze from top to bottom while training, save, score on dev."""
-    student = _load_student(run, source, inputs).to(accelerator.device)
+    student = _load_student(run, source, inputs, accelerator.device)
     models.set_dropout(student, hidden=params.dropout, attention=params.dropout)
     steps = unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))
     summary = fit(student, terms, feed, judge, recipe, steps, accelerator=accelerator, folder=stage.dir,
@@ -268,31 +262,31 @@ def _train_downwards(params, run, stage, inputs, accelerator, source: str, terms
 
 
 @_stage("evaluation")
-def evaluate_student(params: Params, run: Run, stage: Stage):
+def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     """6. Teacher and student on dev and, for the first and only time, on test; size, speed, likeness."""
-    accelerator, inputs = open_accelerator(params.device, params.opt_policy), Inputs(params, run)
-    pair = {"teacher": _load_teacher(params, run, inputs), "student": _load_student(run, "labels", inputs)}
+    inputs, device = Inputs(params, run), accelerator.device
+    pair = {"teacher": _load_teacher(params, run, inputs, device),
+            "student": _load_student(run, "labels", inputs, device)}
     (gold, test), metrics = inputs.read("test"), {}
     for name, model in pair.items():
-        model.to(accelerator.device)
         scores, tags = inputs.score(model, "test", accelerator)
-        metrics[name] = {
-            "test": scores, "dev": inputs.score(model, "dev", accelerator)[0], **models.size_of(model),
-            **evaluate.measure_speed(model, test, inputs.pad_id, accelerator)}
-        metrics[name]["mb"] = metrics[name]["parameters"] * 4 / 1e6
+        sizes = models.size_of(model)
+        metrics[name] = {"test": scores, "dev": inputs.score(model, "dev", accelerator)[0], **sizes,
+                         "mb": sizes["parameters"] * 4 / 1e6,
+                         **evaluate.measure_speed(model, test, inputs.pad_id, accelerator)}
     data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes second
     metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])
     metrics["cka"] = alignment.measure_alignment(
-        *pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, accelerator.device)["cka"]
+        *pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, device)["cka"]
     return metrics
 
 
 @_stage("student")
-def export_student(params: Params, run: Run, stage: Stage):
+def export_student(params: Params, run: Run, stage: Stage, accelerator):
     """7. The student as a plain Hugging Face folder with a model card, loaded again and compared."""
     from transformers import AutoModelForTokenClassification
 
-    accelerator, inputs = open_accelerator(params.device, params.opt_policy), Inputs(params, run)
+    inputs, metrics = Inputs(params, run), run.stage("evaluation").metrics
     student = _load_student(run, "labels", inputs)
     inputs.tokenizer.model_max_length = params.seq_len  # positions past it were never trained
     models.save_model(student, inputs.tokenizer, stage.dir)
@@ -300,28 +294,9 @@ def export_student(params: Params, run: Run, stage: Stage):
     tags = [inputs.score(model.to(accelerator.device), "dev", accelerator)[1] for model in (student, again)]
     if tags[0] != tags[1]:
         raise RuntimeError(f"{stage.dir} does not reproduce the student's predictions on dev")
-    card = MODEL_CARD.format(
-        parameters=f"{models.size_of(student)['parameters']:,}", labels=", ".join(inputs.labels),
-        seq_len=params.seq_len, teacher=params.pt_teacher_checkpoint.split("/")[-1],
-        retention=f"{run.stage('evaluation').metrics['retention']['macro'] or 0:.1%}",
-        f1=f"{run.stage('evaluation').metrics['student']['test']['macro']:.4f}")
-    save_atomic(stage.dir / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+    card = resources.files("xdistil").joinpath("model_card.md").read_text(encoding="utf-8")
+    save_text(stage.dir / "README.md", card.format(
+        parameters=models.size_of(student)["parameters"], labels=", ".join(inputs.labels), seq_len=params.seq_len,
+        teacher=params.pt_teacher_checkpoint.split("/")[-1], f1=metrics["student"]["test"]["macro"],
+        kept=metrics["retention"]["macro"] or 0))
     return {"same_predictions": True, "dev_words": sum(map(len, tags[0]))}
-
-
-MODEL_CARD = """---
-pipeline_tag: token-classification
-library_name: transformers
-tags: [distillation, xdistil]
----
-# Distilled token classifier
-
-{parameters} parameters, distilled with xdistil from a fine-tuned {teacher}. Strict entity F1 on the task's
-test set, mean over languages: {f1}, {retention} of the teacher's. Labels: {labels}.
-
-    from transformers import pipeline
-    tag = pipeline("token-classification", model="FOLDER", aggregation_strategy="first")
-
-It was trained on windows of {seq_len} sub-words: for longer text pass `stride` to the pipeline, or use
-`xdistil predict FOLDER INPUT`.
-"""

@@ -9,14 +9,7 @@ import torch
 from torch import nn
 
 from xdistil import embeddings, losses
-from xdistil.models import (
-    CheckpointError,
-    from_config,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-    run_model,
-)
+from xdistil.models import CheckpointError, from_config, load_classifier, load_config, load_tokenizer, run_model
 from xdistil.unfreeze import encoder_layers, word_embedding
 
 
@@ -28,34 +21,34 @@ def student_config(teacher_config, init: str, checkpoint: str | None, **sizes):
     if init == "checkpoint":
         return load_config(checkpoint, "pt_student_checkpoint")
     if init == "teacher_layers":
-        config = type(teacher_config).from_dict(teacher_config.to_dict())
-        config.num_hidden_layers = sizes["num_hidden_layers"]
-        return config
+        return type(teacher_config).from_dict(
+            teacher_config.to_dict() | {"num_hidden_layers": sizes["num_hidden_layers"]})
     return BertConfig(**sizes | {"intermediate_size": sizes["intermediate_size"] or 4 * sizes["hidden_size"]})
 
 
 def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attention: bool) -> None:
-    """Stop before any weights are read when a teacher and a student config cannot work together.
+    """Stop before any weights are read when a teacher's and a student's config cannot work together.
 
     Raises CheckpointError naming the parameter and the remedies.
     """
-    def stop(parameter, found, remedy):
-        raise CheckpointError(f"{parameter}: {found}; {remedy}")
-
-    if s.num_hidden_layers > t.num_hidden_layers:
-        stop("num_hidden_layers", f"the student has {s.num_hidden_layers}, the teacher {t.num_hidden_layers}",
-             f"choose at most {t.num_hidden_layers}")
-    if distil_attention and s.num_attention_heads != t.num_attention_heads:
-        stop("distil_attention", f"the teacher has {t.num_attention_heads} heads, the student "
-             f"{s.num_attention_heads}", f"set num_attention_heads: {t.num_attention_heads} (or a student "
-             "checkpoint with as many), or distil_attention: false")
-    if compress and init == "scratch" and s.hidden_size > t.hidden_size:
-        stop("hidden_size", f"{s.hidden_size} is wider than the teacher's word embeddings ({t.hidden_size}), "
-             "which are to be compressed", f"choose at most {t.hidden_size}")
-    for name, config in (("teacher", t), ("student", s)):
-        room = getattr(config, "max_position_embeddings", None) or seq_len
-        if seq_len > room:
-            stop("seq_len", f"{seq_len}, but the {name} has {room} positions", f"choose at most {room}")
+    room_t, room_s = (getattr(config, "max_position_embeddings", None) or seq_len for config in (t, s))
+    for wrong, message in (
+        (s.num_hidden_layers > t.num_hidden_layers,
+         f"num_hidden_layers: the student has {s.num_hidden_layers}, the teacher {t.num_hidden_layers}; choose at "
+         f"most {t.num_hidden_layers}"),
+        (distil_attention and s.num_attention_heads != t.num_attention_heads,
+         f"distil_attention: the teacher has {t.num_attention_heads} heads, the student {s.num_attention_heads}; set "
+         f"num_attention_heads: {t.num_attention_heads} (or a student checkpoint with as many), or "
+         "distil_attention: false"),
+        (compress and init == "scratch" and s.hidden_size > t.hidden_size,
+         f"hidden_size: {s.hidden_size}, but the word embeddings to be compressed have width {t.hidden_size}; choose "
+         f"at most {t.hidden_size}"),
+        (seq_len > min(room_t, room_s),
+         f"seq_len: {seq_len}, but the teacher has {room_t} positions and the student {room_s}; choose at most "
+         f"{min(room_t, room_s)}"),
+    ):
+        if wrong:
+            raise CheckpointError(message)
 
 
 def spread(n_student: int, n_teacher: int, layer_map: str) -> list[tuple[int, int]]:
@@ -68,66 +61,57 @@ def spread(n_student: int, n_teacher: int, layer_map: str) -> list[tuple[int, in
     return [(s, round(s * n_teacher / n_student)) for s in range(n_student + 1)]
 
 
+@torch.no_grad()
 def build_student(config, teacher, init: str, checkpoint: str | None, labels: list[str], tokenizer,
-                  compress: bool) -> tuple[nn.Module, dict]:
-    """The student on the teacher's vocabulary, and what became of its word embeddings.
+                  compress: bool) -> tuple[nn.Module, str]:
+    """The student on the teacher's vocabulary, and where its word embeddings come from.
 
     Raises CheckpointError if a checkpoint's vocabulary is not the teacher's and `compress` is off.
     """
-    words, done = word_embedding(teacher).detach(), {"word_embeddings": "new"}
+    words, origin = word_embedding(teacher), "random"
     if init == "checkpoint":
         student = load_classifier(checkpoint, labels, "pt_student_checkpoint")
-        own = word_embedding(student).detach().clone()
+        new, origin = word_embedding(student).clone(), "the student's own"
         other = load_tokenizer(checkpoint, "pt_student_checkpoint")
-        if other.get_vocab() == tokenizer.get_vocab():
-            new, done = own, {"word_embeddings": "the student's own, one vocabulary"}
-        elif compress:
-            pieces = [t.convert_ids_to_tokens(list(range(len(t)))) for t in (tokenizer, other)]
-            new, n_shared = embeddings.map_to_student(
-                words[: len(pieces[0])], pieces[0], own[: len(pieces[1])], pieces[1])
-            done = {"word_embeddings": f"mapped by {n_shared} shared pieces"}
-        else:
-            raise CheckpointError(
-                f"pt_student_checkpoint: {checkpoint!r} has another vocabulary ({len(other)} pieces) than the "
-                f"teacher ({len(tokenizer)}); set compress_word_embedding: true")
+        if other.get_vocab() != tokenizer.get_vocab():
+            if not compress:
+                raise CheckpointError(f"pt_student_checkpoint: {checkpoint!r} has another vocabulary than the teacher "
+                                      f"({len(other)}, {len(tokenizer)} pieces); set compress_word_embedding: true")
+            ours, theirs = (t.convert_ids_to_tokens(list(range(len(t)))) for t in (tokenizer, other))
+            new, n_shared = embeddings.map_to_student(words[: len(ours)], ours, new[: len(theirs)], theirs)
+            origin = f"the teacher's, mapped by {n_shared} shared pieces"
         student.resize_token_embeddings(len(words), mean_resizing=False)
-        with torch.no_grad():
-            word_embedding(student)[: len(new)] = new
+        word_embedding(student)[: len(new)] = new
     else:
-        config.vocab_size, config.num_labels = len(words), len(labels)
+        config.vocab_size = len(words)
         config.id2label, config.label2id = teacher.config.id2label, teacher.config.label2id
         student = from_config(config)
         if init == "teacher_layers":
             copy_layers(teacher, student)
-            done = {"word_embeddings": "copied"}
-        elif compress:
+            origin = "the teacher's"
+        elif compress:  # at the scale that the layers above were initialised for
             own = word_embedding(student)
-            new, _ = embeddings.compress(words, own.shape[1])
-            with torch.no_grad():  # at the scale that the layers above were initialised for
-                own.copy_(embeddings.rescale(new, float(own.norm(dim=-1).mean())))
-            done = {"word_embeddings": "truncated SVD"}
+            own.copy_(embeddings.rescale(embeddings.compress(words, own.shape[1])[0], own.norm(dim=-1).mean()))
+            origin = "the teacher's, by truncated SVD"
     student.config.pad_token_id = tokenizer.pad_token_id
-    return student, done
+    return student, origin
 
 
+@torch.no_grad()
 def copy_layers(teacher, student) -> None:
     """Copy embeddings, head and evenly spread layers, the last included, into the student."""
-    layers_t, layers_s = encoder_layers(teacher), encoder_layers(student)
+    layers_t, layers_s, source = encoder_layers(teacher), encoder_layers(student), dict(teacher.named_parameters())
     inside = {id(p) for p in layers_s.parameters()}
-    source = dict(teacher.named_parameters())
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if id(parameter) not in inside:
-                parameter.copy_(source[name])
+    for name, parameter in student.named_parameters():
+        if id(parameter) not in inside:
+            parameter.copy_(source[name])
     for s, t in spread(len(layers_s), len(layers_t), "uniform")[1:]:
         layers_s[s - 1].load_state_dict(layers_t[t - 1].state_dict())
 
 
 def make_projections(pairs: list[tuple[int, int]], width_s: int, width_t: int) -> nn.ModuleDict:
     """One linear map H_s -> H_t per layer pair, named by the student layer; none at equal widths."""
-    if width_s == width_t:
-        return nn.ModuleDict()
-    return nn.ModuleDict({str(s): nn.Linear(width_s, width_t) for s, _ in pairs})
+    return nn.ModuleDict({str(s): nn.Linear(width_s, width_t) for s, _ in pairs} if width_s != width_t else {})
 
 
 def head_of(model) -> nn.Linear:
@@ -138,25 +122,22 @@ def head_of(model) -> nn.Linear:
     return head
 
 
+@torch.no_grad()
 def fold_head(student, teacher, projection: nn.Linear | None) -> None:
     """Give the student the teacher's classifier composed with the projection of the top layer.
 
-    W = W_t P, b = W_t b_P + b_t: logits of the student's own states equal the teacher's classifier on
-    projected states, and what is deployed is a standard model.
+    W = W_t P, b = W_t b_P + b_t: logits of the student's own states equal the teacher's classifier on projected
+    states, and what is deployed is a standard model.
     """
     goal, head = head_of(student), head_of(teacher)
-    with torch.no_grad():
-        weight, bias = head.weight, head.bias
-        if projection is not None:
-            weight, bias = head.weight @ projection.weight, head.weight @ projection.bias + head.bias
-        goal.weight.copy_(weight)
-        goal.bias.copy_(bias)
+    goal.weight.copy_(head.weight @ projection.weight if projection else head.weight)
+    goal.bias.copy_(head.weight @ projection.bias + head.bias if projection else head.bias)
 
 
 def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss: str):
     """The loss terms of stage 1 (2106.04563) as a function of (modules, batch).
 
-    modules hold `student` and `projections`; the batch `teacher_hidden` [B, S, P, H_t] and
+    modules hold `student` and `projections`; the batch holds `teacher_hidden` [B, S, P, H_t] and
     `teacher_attention` [B, P, A, S, S] for the pairs (student, teacher), in their order.
     """
     hidden_fn = {"mse": losses.hidden_mse, "cosine": losses.hidden_cosine}[hidden_loss]

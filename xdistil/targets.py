@@ -1,7 +1,7 @@
 """What the teacher says of a chunk: computed once, kept without padding, read back per batch.
 
-Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `attention` (each window's P x A x S x S maps, end to
-end), both in float16, and `logits` [T, C] in float32.
+Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `attention` (each window's P x A x S x S maps, end to end),
+both in float16, and `logits` [T, C] in float32.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ class TargetSpec:
     def shapes(self, lengths: np.ndarray, config) -> dict[str, tuple[int, ...]]:
         """Array shape of each kind for windows of these lengths."""
         tokens, squares = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
-        shapes = {"hidden": (tokens, len(self.hidden), config.hidden_size),
-                  "attention": (squares * len(self.attention) * config.num_attention_heads,),
-                  "logits": (tokens, config.num_labels)}
+        shapes = {"hidden": (tokens, len(self.hidden), config.hidden_size), "logits": (tokens, config.num_labels),
+                  "attention": (squares * len(self.attention) * config.num_attention_heads,)}
         return {kind: shape for kind, shape in shapes.items() if np.prod(shape)}
 
     def n_bytes(self, lengths: np.ndarray, config) -> int:
         """Bytes that the outputs for windows of these lengths take."""
-        return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[kind]).itemsize
-                   for kind, shape in self.shapes(lengths, config).items())
+        shapes = self.shapes(lengths, config).items()
+        return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[kind]).itemsize for kind, shape in shapes)
 
 
 class Targets:
@@ -59,29 +58,26 @@ class Targets:
     def put(self, rows: np.ndarray, outputs: dict[str, torch.Tensor]) -> None:
         """Store the padded outputs ([B, S, ...], attention [B, P, A, S, S]) without their padding."""
         for kind, tensor in outputs.items():
-            values = tensor.float()
-            if DTYPES[kind] is np.float16:
-                values = values.clamp(-HALF_MAX, HALF_MAX).half()
-            values = values.cpu().numpy()
-            for i, row in enumerate(rows):
+            half = DTYPES[kind] is np.float16
+            values = (tensor.float().clamp(-HALF_MAX, HALF_MAX).half() if half else tensor.float()).cpu().numpy()
+            for value, row in zip(values, rows, strict=True):
                 n = int(self.lengths[row])
-                part = values[i, :, :, :n, :n].ravel() if kind == "attention" else values[i, :n]
+                part = value[:, :, :n, :n].ravel() if kind == "attention" else value[:n]
                 self.arrays[kind][self._span(kind, row)] = part
 
     def padded(self, rows: np.ndarray, width: int, n_heads: int) -> dict[str, torch.Tensor]:
         """The outputs of some windows as `teacher_<kind>` tensors, zero on padding up to `width`."""
         batch = {}
         for kind, flat in self.arrays.items():
-            parts = [(flat[self._span(kind, row)], int(self.lengths[row])) for row in rows]
-            if kind == "attention":
-                parts = [(part.reshape(-1, n_heads, n, n), n) for part, n in parts]
-                out = np.zeros((len(rows), *parts[0][0].shape[:2], width, width), flat.dtype)
-                for i, (part, n) in enumerate(parts):
-                    out[i, :, :, :n, :n] = part
-            else:
-                out = np.zeros((len(rows), width, *flat.shape[1:]), flat.dtype)
-                for i, (part, n) in enumerate(parts):
-                    out[i, :n] = part
+            maps = len(flat) // max(1, int(self.squares[-1])) // n_heads
+            shape = (maps, n_heads, width, width) if kind == "attention" else (width, *flat.shape[1:])
+            out = np.zeros((len(rows), *shape), flat.dtype)
+            for padded, row in zip(out, rows, strict=True):
+                part, n = flat[self._span(kind, row)], int(self.lengths[row])
+                if kind == "attention":
+                    padded[:, :, :n, :n] = part.reshape(maps, n_heads, n, n)
+                else:
+                    padded[:n] = part
             batch[f"teacher_{kind}"] = torch.from_numpy(out)
         return batch
 
@@ -89,44 +85,40 @@ class Targets:
 class TargetStore:
     """Teacher outputs of named chunks: on disk within a byte budget, past it computed for each batch.
 
-    Args: folder for the files (one .npy per kind and chunk, renamed when whole); budget_bytes: most that is
-        kept there, 0 for nothing.
+    Args: folder for the files (one .npy per kind and chunk, renamed when whole); budget_bytes: most that is kept.
     """
 
-    def __init__(self, teacher, spec: TargetSpec, examples: Examples, pad_id: int, accelerator,
-                 batch_size: int, budget_bytes: float, folder: Path):
+    def __init__(self, teacher, spec: TargetSpec, examples: Examples, pad_id: int, accelerator, batch_size: int,
+                 budget_bytes: float, folder: Path):
         self.teacher, self.spec, self.config, self.examples = teacher, spec, teacher.config, examples
         self.pad_id, self.accelerator, self.batch_size = pad_id, accelerator, batch_size
         self.left, self.folder, self.kept = budget_bytes, Path(folder), {}
 
     def compute(self, windows: np.ndarray, arrays: dict[str, np.ndarray] | None = None) -> Targets:
         """Run the teacher over windows; the outputs go to the given arrays or to new ones."""
-        lengths = self.examples.lengths[windows]
-        if arrays is None:
-            arrays = {kind: np.empty(shape, DTYPES[kind])
-                      for kind, shape in self.spec.shapes(lengths, self.config).items()}
-        targets = Targets(lengths, arrays)
+        lengths, spec = self.examples.lengths[windows], self.spec
+        shapes = spec.shapes(lengths, self.config).items()
+        targets = Targets(lengths, arrays or {kind: np.empty(shape, DTYPES[kind]) for kind, shape in shapes})
         for rows in batches(lengths, self.batch_size):
             batch = collate(self.examples, windows[rows], self.pad_id)
             batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
             with torch.inference_mode(), self.accelerator.autocast():
-                logits, states, maps = run_model(
-                    self.teacher, batch, bool(self.spec.hidden), bool(self.spec.attention))
+                logits, states, maps = run_model(self.teacher, batch, bool(spec.hidden), bool(spec.attention))
                 found = {"logits": logits}
-                if self.spec.hidden:
-                    found["hidden"] = torch.stack([states[i] for i in self.spec.hidden], dim=2)
-                if self.spec.attention:
-                    found["attention"] = torch.stack([maps[i - 1] for i in self.spec.attention], dim=1)
-                targets.put(rows, found)
+                if spec.hidden:
+                    found["hidden"] = torch.stack([states[i] for i in spec.hidden], dim=2)
+                if spec.attention:
+                    found["attention"] = torch.stack([maps[i - 1] for i in spec.attention], dim=1)
+            targets.put(rows, found)
         return targets
 
     def chunk(self, name: str, windows: np.ndarray) -> Targets | None:
         """The kept outputs of a chunk, computed when first asked for; None if there is no room."""
-        if name in self.kept:
-            return self.kept[name]
-        lengths, self.kept[name] = self.examples.lengths[windows], None
+        lengths = self.examples.lengths[windows]
         need = self.spec.n_bytes(lengths, self.config)
-        if need <= self.left:
+        if name not in self.kept and need > self.left:
+            self.kept[name] = None
+        if name not in self.kept:
             self.left -= need
             shapes = self.spec.shapes(lengths, self.config)
             paths = {kind: self.folder / f"{kind}-{name}.npy" for kind in shapes}
@@ -139,7 +131,7 @@ class TargetStore:
                 for kind, array in arrays.items():
                     array.flush()
                     os.replace(partial[kind], paths[kind])
-            self.kept[name] = Targets(lengths, {k: np.load(p, mmap_mode="r") for k, p in paths.items()})
+            self.kept[name] = Targets(lengths, {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()})
         return self.kept[name]
 
     def batches(self, name: str, windows: np.ndarray, batch_size: int, seed: int | None = None) -> Iterator[dict]:
@@ -153,6 +145,5 @@ class TargetStore:
     def drop(self, *kinds: str) -> None:
         """Delete the files of these kinds."""
         self.kept.clear()
-        for kind in kinds:
-            for path in self.folder.glob(f"{kind}-*"):
-                path.unlink()
+        for path in (path for kind in kinds for path in self.folder.glob(f"{kind}-*")):
+            path.unlink()

@@ -85,7 +85,8 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     learning = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in learning if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in learning if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+    fused = all(p.device.type in ("cpu", "cuda") for p in learning)  # one kernel instead of a dozen
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=fused)
 
 
 def part(tensors: dict, prefix: str) -> dict:
@@ -120,10 +121,8 @@ def _learning(optimizer) -> list[nn.Parameter]:
 
 def _restore(optimizer, tensors: dict) -> None:
     for i, parameter in enumerate(_learning(optimizer)):
-        state = part(tensors, f"optimizer/{i}/")
-        if state:  # the step counter stays on the CPU, moments go where their parameter is
-            inner = getattr(optimizer, "optimizer", optimizer)
-            inner.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+        if state := part(tensors, f"optimizer/{i}/"):
+            optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random/cuda"])
@@ -135,25 +134,6 @@ def _set_weights(weights: dict[str, nn.Parameter], tensors: dict) -> None:
             weights[name].copy_(tensor)
 
 
-class Meter:
-    """Running means of loss terms, kept on the device until they are recorded."""
-
-    def __init__(self):
-        self.sums, self.n = {}, 0
-
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
-        """Count one update."""
-        self.n += 1
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-
-    def take(self) -> dict[str, float]:
-        """The means since the last call."""
-        means = {name: float(value) / self.n for name, value in self.sums.items()}
-        self.sums, self.n = {}, 0
-        return means
-
-
 def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Tensor]], feed: Feed,
         evaluate: Callable[[nn.Module], dict], recipe: Recipe, steps: list[tuple[str, list[str]]], *,
         accelerator, folder: Path, name: str = "training", weights: dict[str, float] | None = None) -> dict:
@@ -161,11 +141,11 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
 
     Args:
         terms: the loss terms of a batch, unweighted scalars by name; their weighted sum is the loss.
-        evaluate: returns `metric` (a name) and `score`; lower is better where the name ends in "loss". The
-            weights before a step count as a candidate, so no step makes the model worse.
+        evaluate: returns `metric` (a name) and `score`; lower is better where the name ends in "loss". The weights
+            before a step are a candidate too, so no step makes the model worse.
         steps: (name, names of the parameters that learn), see `unfreeze.unfreezing_steps`.
-        folder: gets history.jsonl and checkpoint.safetensors; an interrupted call goes on from there and
-            ends with the numbers of an uninterrupted one (CPU, float32).
+        folder: gets history.jsonl and checkpoint.safetensors; an interrupted call goes on from there and ends with
+            the numbers of an uninterrupted one (CPU, float32).
         weights: the weight of the terms whose name starts with the key; 1 for all others.
 
     Returns: metric, score, updates, epochs, seconds, windows_per_second.
@@ -182,7 +162,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
     if tensors:
         print(f"[{name}] resumes at step {at.step + 1}/{len(steps)}, epoch {at.epoch + 1}, chunk "
               f"{at.chunk + 1}/{feed.n_chunks}", flush=True)
-    headless, last_line, meter = bool(os.environ.get("XDISTIL_HEADLESS")), started, Meter()
+    headless, last_line, sums, n_summed = bool(os.environ.get("XDISTIL_HEADLESS")), started, {}, 0
 
     def save(best, optimizer=None):
         at.records, at.seconds = len(records), before + time.monotonic() - started
@@ -198,14 +178,16 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         records.append({"kind": "eval", **where, "epoch": epoch, "update": at.updates, "best": ahead, **result})
         return ahead
 
-    def record():
-        means = meter.take()
+    def record():  # sums stay on the device until here, so that no step waits for it
+        nonlocal n_summed
+        means = {key: float(value) / n_summed for key, value in sums.items()}
         if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} after {at.updates} updates; lower the learning rate of this stage "
-                "or set opt_policy: float32")
+            raise FloatingPointError(f"the loss is {means['loss']} after {at.updates} updates; lower this stage's "
+                                     "learning rate or set opt_policy: float32")
         records.append({"kind": "train", **where, "epoch": at.epoch + 1, "update": at.updates,
                         "lr": optimizer.param_groups[0]["lr"], **means})
+        sums.clear()
+        n_summed = 0
 
     for step in range(at.step, len(steps)):
         where = {"step": step + 1, "step_name": steps[step][0]}
@@ -236,16 +218,18 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
                     accelerator.clip_grad_norm_(members.values(), recipe.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                    meter.add({"loss": loss, **found})
+                    for key, value in {"loss": loss, **found}.items():
+                        sums[key] = sums.get(key, 0.0) + value.detach()
+                    n_summed += 1
                     bar.update(size)
-                    if meter.n == RECORD_EVERY:
+                    if n_summed == RECORD_EVERY:
                         record()
                         bar.set_postfix(loss=f"{records[-1]['loss']:.4g}", refresh=False)
                         if headless and time.monotonic() - last_line > LINE_EVERY:
                             last_line = time.monotonic()
-                            print(f"[{name}] {where['step_name']}: {done:.0%} of {recipe.epochs} epochs, loss "
-                                  f"{records[-1]['loss']:.4g}", flush=True)
-                if meter.n:
+                            print(f"[{name}] {where['step_name']}: {done:.0%} of {recipe.epochs} epochs, "
+                                  f"loss {records[-1]['loss']:.4g}", flush=True)
+                if n_summed:
                     record()
                 at.chunk = chunk + 1
                 if at.chunk < feed.n_chunks:

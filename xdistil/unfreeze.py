@@ -26,26 +26,21 @@ def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
     below = {id(p) for p in model.base_model.parameters()}
     groups = {name: [] for name in ("head", *(f"layer_{i}" for i in range(len(layers), 0, -1)), "embeddings")}
     for name, parameter in model.named_parameters():
-        rest = "embeddings" if id(parameter) in below else "head"
-        groups[layer_of.get(id(parameter), rest)].append(name)
+        groups[layer_of.get(id(parameter), "embeddings" if id(parameter) in below else "head")].append(name)
     return list(groups.items())
 
 
 def unfreezing_steps(groups, grain: str, frozen: frozenset[str] = frozenset()) -> list[tuple[str, list[str]]]:
     """Steps of (name, names of the parameters that learn); each holds all of the step before it.
 
-    Args:
-        groups: from `layer_groups`, top to bottom.
-        grain: "module" (head, then everything), "layer" (head, then one group more at a time) or "none".
-        frozen: parameter names that never learn.
+    Args: groups from `layer_groups`; grain: "module" (head, then everything), "layer" (head, then one group more
+        at a time) or "none" (everything at once); frozen: parameter names that never learn.
     """
-    groups = [(name, [n for n in members if n not in frozen]) for name, members in groups]
     steps, names = [], []
     for group, members in groups:
-        names = names + members
+        names = names + [n for n in members if n not in frozen]
         steps.append((group, names))
-    everything = ("all", names)
-    return {"none": [everything], "module": [steps[0], everything], "layer": steps}[grain]
+    return {"none": [("all", names)], "module": [steps[0], ("all", names)], "layer": steps}[grain]
 
 
 def freeze_to(model: nn.Module, trainable: list[str]) -> None:
@@ -57,8 +52,8 @@ def freeze_to(model: nn.Module, trainable: list[str]) -> None:
 
 
 def learning_mode(module: nn.Module, holder_learns: bool = True) -> None:
-    """Train mode where something learns, eval mode where nothing does; a module without parameters
-    (dropout) does as the module that holds it."""
+    """Train mode where something learns, eval mode where nothing does; a module without parameters (dropout) does
+    as the module that holds it."""
     own = list(module.parameters())
     module.training = any(p.requires_grad for p in own) if own else holder_learns
     for child in module.children():
