@@ -5,18 +5,11 @@ import pytest
 
 pytest.importorskip("nbconvert")
 import nbformat
-from nbformat.v4 import (
-    new_code_cell,
-    new_markdown_cell,
-    new_notebook,
-    new_output,
-)
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from xdistil.report import write_report
 
-PIXEL = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 SECRET = "alert('no')"
 
 
@@ -26,7 +19,7 @@ def stream(text, name="stdout"):
 
 def shown(**data):
     names = {"png": "image/png", "html": "text/html", "plain": "text/plain"}
-    return new_output("display_data", data={names.get(k, k): v for k, v in data.items()})
+    return new_output("display_data", data={names[key]: value for key, value in data.items()})
 
 
 def code(source, *outputs, tags=()):
@@ -39,7 +32,7 @@ def page(tmp_path):
 
     def build(*notebooks, **kwargs):
         folder = tmp_path / "notebooks"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
         for i, cells in enumerate(notebooks, 1):
             nbformat.write(new_notebook(cells=list(cells)), folder / f"0{i}_part.ipynb")
         out = write_report(folder, tmp_path / "out" / "report.html", title="T <1>", **kwargs)
@@ -49,24 +42,15 @@ def page(tmp_path):
     return build
 
 
-def body(text):
-    return text[text.index("<main>") :]
-
-
-def test_no_notebook_is_a_clear_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no notebook"):
-        write_report(tmp_path, tmp_path / "report.html", title="T")
-
-
 def test_pictures_are_data_uris_and_notebooks_come_in_order(page, tmp_path):
     (tmp_path / "f1_per_language.png").write_bytes(base64.b64decode(PIXEL))
     text = page(
         [new_markdown_cell("# First"), code("a", shown(png=PIXEL + "\n", plain="<Figure>"))],
         [new_markdown_cell("# Second"), code("b", shown(png=PIXEL))],
-        figures=[tmp_path / "f1_per_language.png"],
+        figures=[tmp_path / "f1_per_language.png", tmp_path / "absent.png"],
         summary_html="<p>kept <b>96 %</b></p>",
     )
-    assert text.count(f'src="data:image/png;base64,{PIXEL}"') == 3
+    assert text.count(f'src="data:image/png;base64,{PIXEL}"') == text.count("<img") == 3
     assert "<figcaption>f1 per language</figcaption>" in text
     assert "&lt;Figure&gt;" not in text
     assert "<title>T &lt;1&gt;</title>" in text and "kept <b>96 %</b>" in text
@@ -74,97 +58,70 @@ def test_pictures_are_data_uris_and_notebooks_come_in_order(page, tmp_path):
 
 
 def test_contents_list_links_to_headings_and_between_notebooks(page):
-    text = page(
-        [new_markdown_cell("# One\n\n## A *b*\n\n[on](02_part.ipynb)")],
-        [new_markdown_cell("no heading")],
-    )
+    text = page([new_markdown_cell("# One\n\n## A *b*\n\n[on](02_part.ipynb)")], [new_markdown_cell("# Two")])
     links = re.findall(r'<a class="h(\d)" href="#(s\d+)">([^<]*)</a>', text)
-    assert [(level, name) for level, _, name in links] == [
-        ("1", "One"), ("2", "A b"), ("1", "02_part")]  # fmt: skip
-    for _, target, _ in links:
-        assert f'id="{target}"' in text
-    assert 'href="#nb-02_part"' in text and 'id="nb-02_part"' in text
-    assert "¶" not in text
+    assert [(level, name) for level, _, name in links] == [("1", "One"), ("2", "A b"), ("1", "Two")]
+    assert all(f'id="{target}"' in text for _, target, _ in links)
+    assert 'href="#02_part"' in text and 'id="02_part"' in text
+    assert "¶" not in text and "&#182;" not in text
 
 
 def test_page_has_no_script_and_loads_nothing_remote(page):
-    bad = (
-        f"<script>{SECRET}</script><style scoped>td{{color:red}}</style>"
-        '<img src="https://example.com/a.png" alt="far"><link rel=stylesheet href="https://e.com/x">'
-        '<iframe src="http://example.com"></iframe><b onclick="x()">bold</b>'
-        '<a href="javascript:x()">j</a>'
-    )
+    bad = f'<script>{SECRET}</script><style scoped>td{{color:red}}</style><img src="https://e.com/a.png">'
+    badge = "[![Open in Colab](https://colab.example/badge.svg)](https://colab.example/nb.ipynb)"
     text = page(
         [
-            new_markdown_cell(f"# H\n\n{bad}\n\n![far](http://example.com/b.png)"),
+            new_markdown_cell(f"# H\n\n{badge}\n\n{bad}\n\n![far](http://e.com/b.png) [kept](https://e.com)"),
             code("print('<script>')", shown(html=bad + "<table><tr><td>7</td></tr></table>")),
             code("x", shown(html=f"<script>{SECRET}</script>", plain="fallback")),
             code("x", stream("<script src='https://example.com'></script>")),
         ],
         summary_html=bad,
     )
-    assert "<script" not in text.lower() and SECRET not in text
-    assert not re.search(r"<(link|iframe|object|embed)\b", text)
-    assert not re.search(r"""\bsrc\s*=\s*["']?(?!data:)[^\s"'>]""", re.sub("&[^;]+;", "", text)
-                         .replace("script src=https", ""))  # fmt: skip
-    assert not re.search(r"<[^>]*\bon\w+=", text) and "javascript:" not in text
-    assert "color:red" not in text
-    assert "<td>7</td>" in text and "fallback" in text and "[picture: far]" in text
-    assert "default-src 'none'" in text
+    assert "<script" not in text.lower() and SECRET not in text and "color:red" not in text
+    assert "<img" not in text and "colab" not in text.lower()
+    assert "<td>7</td>" in text and "fallback" in text and 'href="https://e.com"' in text
+    policy = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:;'
+    assert policy in text[: text.index("<title>")]
 
 
 def test_code_is_folded_and_setup_cells_wholly(page):
-    text = body(page([
+    text = page([
         code("shown_code()", stream("visible")),
         code("seq_len = 7", stream("quiet"), tags=["parameters"]),
         code("import os", stream("quiet"), tags=["setup"]),
-    ]))  # fmt: skip
+    ])
     assert "<details open" not in text
     assert '<details><summary>code</summary><pre class="">shown_code()</pre></details>' in text
-    folded = text
-    while "<details>" in folded:  # innermost first
-        folded = re.sub(r"<details>((?!<details>).)*?</details>", "", folded, flags=re.S)
-    assert "visible" in folded
-    assert "quiet" not in folded and "seq_len" not in folded and "import os" not in folded
     assert "seq_len = 7" in text and text.count("quiet") == 2
+    while "<details>" in text:  # innermost first
+        text = re.sub(r"<details>((?!<details>).)*?</details>", "", text, flags=re.S)
+    assert "visible" in text
+    assert "quiet" not in text and "seq_len" not in text and "import os" not in text
 
 
 def test_text_is_shown_as_the_terminal_left_it(page):
-    text = body(page([
+    bars = " 10%|█         | 1/10 [00:01<00:09]\r100%|████| 10/10 [00:09<00:00]\n"
+    text = page([
         code("a", stream("epoch 1\repoch 2\repoch 3\nnext\r\n\x1b[1;31mred\x1b[0m <b>\n")),
-        code("b", stream(" 10%|█         | 1/10 [00:01<00:09]\r100%|████| 10/10 [00:09<00:00]\n"
-                         "real warning\n", "stderr")),
+        code("b", stream(bars + "real warning\n", "stderr")),
         code("c", stream("\r 50%|██  | 1/2 [00:01<00:01]", "stderr")),
-        code("d", shown(**{"plain": "HBox(children=...)",
-                           "application/vnd.jupyter.widget-view+json": {"model_id": "1"}})),
+        code("d", shown(plain="Loading weights:   0%|          | 0/71 [00:00<?, ?it/s]")),
         code("e", shown(plain="{'f1': 0.5}")),
-    ]))  # fmt: skip
+    ])
     assert '<pre class="stdout">epoch 3\nnext\nred &lt;b&gt;</pre>' in text
     assert '<pre class="stderr">real warning</pre>' in text
-    assert "%|" not in text and "HBox" not in text
-    assert text.count('<pre class="stderr">') == 1
+    assert "%|" not in text and text.count('<pre class="stderr">') == 1
     assert "{&#x27;f1&#x27;: 0.5}" in text
 
 
 def test_errors_stand_out(page):
-    error = new_output("error", ename="ValueError", evalue="bad <x>",
-                       traceback=["\x1b[31mTraceback\x1b[0m", "line 1"])  # fmt: skip
-    text = page([code("1/0", error)])
+    traceback = ["\x1b[31mTraceback\x1b[0m", "line 1"]
+    text = page([code("1/0", new_output("error", ename="ValueError", evalue="bad <x>", traceback=traceback))])
     assert '<pre class="error">ValueError: bad &lt;x&gt;\nTraceback\nline 1</pre>' in text
-
-
-def test_local_and_attached_pictures_go_inline(page, tmp_path):
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "local.png").write_bytes(base64.b64decode(PIXEL))
-    cell = new_markdown_cell("![l](local.png) ![a](attachment:a.png) ![gone](missing.png)")
-    cell["attachments"] = {"a.png": {"image/png": PIXEL}}
-    text = page([cell])
-    assert text.count(f'src="data:image/png;base64,{PIXEL}"') == 2
-    assert "[picture: gone]" in text
 
 
 def test_page_follows_the_colour_scheme_and_the_width(page):
     text = page([new_markdown_cell("| a | b |\n|---|---|\n| 1 | 2 |")])
-    assert "prefers-color-scheme:dark" in text and "max-width:860px" in text
-    assert 'name="viewport"' in text
-    assert "<td>1</td>" in text
+    assert "prefers-color-scheme: dark" in text and "max-width: 860px" in text
+    assert 'name="viewport"' in text and "<td>1</td>" in text

@@ -1,7 +1,5 @@
 """How alike teacher and student are inside: numbers only, padding never counts."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,33 +20,29 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
 def measure_alignment(teacher, student, projections, examples: Examples, pad_id: int, device, *,
                       hidden_pairs=(), attention_pairs=(), n_windows: int = 128) -> dict:
     """Alignment on a fixed sample of evenly spread windows.
-
-    Args: hidden_pairs: (student, teacher) hidden-state indices 0..L; attention_pairs: (student, teacher)
-        layers 1..L of equal head counts, eager attention; projections: see `students.make_projections`.
-    Returns: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after projection; `attention_kl` [pair][head]
-        in nats; and the pairs.
+    Args: hidden_pairs: (student, teacher) hidden-state indices 0..L; attention_pairs: (student, teacher) layers 1..L
+        of equal head counts, eager attention; projections: see `students.make_projections`.
+    Returns: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after projection; `attention_kl` [pair][head] in nats;
+        and the pairs.
     """
     teacher.eval(), student.eval()
     some = np.linspace(0, len(examples) - 1, min(n_windows, len(examples))).astype(int)
     kept_t, kept_s, divergence, weights = [], [], [], []
     for start in range(0, len(some), 16):
-        batch = collate(examples, some[start : start + 16], pad_id)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = {k: v.to(device) for k, v in collate(examples, some[start : start + 16], pad_id).items()}
         mask = batch["attention_mask"]
         _, states_t, maps_t = run_model(teacher, batch, True, bool(attention_pairs))
         _, states_s, maps_s = run_model(student, batch, True, bool(attention_pairs))
-        for kept, states in ((kept_t, states_t), (kept_s, states_s)):
-            kept.append(torch.stack([h[mask > 0].float() for h in states]))
-        divergence.append([[float(attention_kl(a[:, None], b[:, None], mask)) for a, b in
-                            zip(maps_s[s - 1].unbind(1), maps_t[t - 1].unbind(1), strict=True)]
+        kept_t.append(torch.stack(states_t)[:, mask > 0].float())
+        kept_s.append(torch.stack(states_s)[:, mask > 0].float())
+        divergence.append([[float(attention_kl(a, b, mask)) for a, b in
+                            zip(maps_s[s - 1].split(1, 1), maps_t[t - 1].split(1, 1), strict=True)]
                            for s, t in attention_pairs])
         weights.append(int(mask.sum()))
     all_t, all_s = torch.cat(kept_t, dim=1), torch.cat(kept_s, dim=1)
     projected = [projections[str(s)](all_s[s]) if str(s) in projections else all_s[s] for s, _ in hidden_pairs]
-    return {
-        "cka": [[linear_cka(t, s) for s in all_s] for t in all_t],
-        "cosine": [float(F.cosine_similarity(state, all_t[t], dim=-1).mean())
-                   for state, (_, t) in zip(projected, hidden_pairs, strict=True)],
-        "attention_kl": np.average(divergence, axis=0, weights=weights).tolist(),
-        "hidden_pairs": hidden_pairs, "attention_pairs": attention_pairs,
-    }
+    cosine = [float(F.cosine_similarity(state, all_t[t], dim=-1).mean())
+              for state, (_, t) in zip(projected, hidden_pairs, strict=True)]
+    kl = np.average(divergence, axis=0, weights=weights).tolist()
+    return {"cka": [[linear_cka(t, s) for s in all_s] for t in all_t], "cosine": cosine, "attention_kl": kl,
+            "hidden_pairs": hidden_pairs, "attention_pairs": attention_pairs}

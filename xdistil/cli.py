@@ -1,18 +1,21 @@
 """The command line: xdistil run, check, predict. Exit codes: 0 done, 1 a stage failed, 2 bad input (one line)."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import logging
 import os
 import sys
 import time
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
+from tqdm import tqdm
+
 from xdistil import __version__
-from xdistil.params import CHECKPOINT_NAMES, PATH_NAMES, Params, absolute_path, load_params, repo_root
+from xdistil.files import read_json, save_atomic
+from xdistil.params import Params, absolute_path, load_params, repo_root
+from xdistil.runs import STAGES, Run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,9 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"unknown parameter {unknown[0]!r}; {hint}")
         if asked.command == "predict":
             return predict_file(asked)
-        values = {name: value for name, value in vars(asked).items() if name in Params.model_fields}
-        for name in values.keys() & {*PATH_NAMES, *CHECKPOINT_NAMES}:  # flags are relative to the working directory
-            values[name] = absolute_path(name, values[name], Path.cwd())
+        values = {name: absolute_path(name, value, Path.cwd())  # flags are relative to the working directory
+                  for name, value in vars(asked).items() if name in Params.model_fields}
         params = load_params(asked.params or ({} if values else repo_root() / "params/demo.yaml"), values)
         return run_notebooks(params) if asked.command == "run" else check(params)
     except (ValueError, FileExistsError, ImportError) as error:
@@ -63,7 +65,6 @@ def main(arguments: list[str] | None = None) -> int:
 def check(params: Params) -> int:
     """Print counts, lengths, labels, overlaps and needs, without training. Raises ValueError for bad input."""
     from xdistil import inputs, stages, views
-    from xdistil.runs import Run
 
     run = Run(params)
     stages.check_models(params, run)
@@ -73,12 +74,9 @@ def check(params: Params) -> int:
 
 
 class _Lines(logging.Handler):
-    """Passes on to the terminal what stages print in their notebooks."""
+    """Passes on to the terminal what stages print in their notebooks: lines that begin with a stage's name."""
 
     def emit(self, record):
-        """Write the lines that begin with a stage's name."""
-        from tqdm import tqdm
-
         for line in record.getMessage().splitlines():
             if line.startswith("[") and not line.startswith("[IPKernelApp]"):
                 tqdm.write(line, file=sys.stderr)
@@ -86,13 +84,10 @@ class _Lines(logging.Handler):
 
 def run_notebooks(params: Params) -> int:
     """Execute the notebooks of unfinished stages with papermill, then write the report and print a table."""
-    import nbformat
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
-    from tqdm import tqdm
 
     from xdistil import inputs, report, stages, views
-    from xdistil.runs import STAGES, Run
 
     run, start, ran, executed = Run(params), time.monotonic(), 0, Path(params.model_dir) / "notebooks"
     stages.check_models(params, run)
@@ -101,18 +96,18 @@ def run_notebooks(params: Params) -> int:
     logger.handlers, logger.propagate, logger.level = [_Lines()], False, logging.INFO
     os.environ |= {"XDISTIL_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     executed.mkdir(parents=True, exist_ok=True)
-    experiment = {name: value for name, value in params.model_dump().items() if value is not None}
     for number, (name, verb) in enumerate(bar := tqdm(STAGES.items(), unit="notebook"), 1):
         notebook = executed / f"{number:02d}_{verb}.ipynb"
         bar.set_description(verb)
-        if notebook.is_file() and inputs.is_done(params, run, name):
-            if nbformat.read(notebook, 4).metadata.get("papermill", {}).get("exception") is False:
-                tqdm.write(f"[{name}] done before with the same parameters and data", file=sys.stderr)
-                continue
+        written = read_json(notebook, {}) if inputs.is_done(params, run, name) else {}
+        if written.get("metadata", {}).get("papermill", {}).get("exception") is False:
+            tqdm.write(f"[{name}] done before with the same parameters and data", file=sys.stderr)
+            continue
         ran += 1
         try:
-            execute_notebook(repo_root() / "notebooks" / notebook.name, notebook, {"experiment": experiment},
-                             kernel_name="python3", cwd=str(repo_root()), progress_bar=False, log_output=True)
+            execute_notebook(repo_root() / "notebooks" / notebook.name, notebook,
+                             {"experiment": params.model_dump(exclude_none=True)}, kernel_name="python3",
+                             cwd=str(repo_root()), progress_bar=False, log_output=True)
         except (PapermillExecutionError, DeadKernelError) as error:
             bar.close()
             why = (f"cell {error.exec_count}: {error.ename}: {error.evalue}" if hasattr(error, "evalue")
@@ -131,34 +126,27 @@ def run_notebooks(params: Params) -> int:
 def predict_file(asked) -> int:
     """Tag a file or stdin as a stream, in input order, one line out for each line in."""
     from xdistil import data, devices, evaluate, models
-    from xdistil.files import save_atomic
 
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
     labels = [config.id2label[i] for i in range(config.num_labels)]
     tokenizer = models.load_tokenizer(asked.student_dir, "STUDENT_DIR")
     accelerator = devices.open_accelerator(asked.device, quiet=True)
     model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR").to(accelerator.device)
-    seq_len = min(tokenizer.model_max_length, config.max_position_embeddings)
-    lines = (line for _, line in data.read_lines(asked.input))
+    lines, seq_len = data.read_lines(asked.input), min(tokenizer.model_max_length, config.max_position_embeddings)
 
-    def write(handle):
-        while block := list(islice(lines, 4096)):
-            words = [line.split("\t")[0].split() for line in block]
-            examples = data.encode(data.Sentences.plain(words), tokenizer, seq_len)
-            tags = evaluate.predict_tags(model, examples, words, labels, tokenizer.pad_token_id, accelerator,
-                                         asked.batch_size)
-            for sentence, found in zip(words, tags, strict=True):
-                handle.write(f"{' '.join(sentence)}\t{' '.join(found)}\n" if sentence else "\n")
-            handle.flush()
+    def write(path=None):
+        with open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout) as handle:
+            while words := [line.split("\t")[0].split() for _, line in islice(lines, 4096)]:
+                examples = data.encode(data.Sentences.plain(words), tokenizer, seq_len)
+                tags = evaluate.predict_tags(model, examples, words, labels, tokenizer.pad_token_id, accelerator,
+                                             asked.batch_size)
+                for sentence, found in zip(words, tags, strict=True):
+                    handle.write(f"{' '.join(sentence)}\t{' '.join(found)}\n" if sentence else "\n")
+                handle.flush()
 
     if asked.output == "-":
         sys.stdout.reconfigure(encoding="utf-8")
-        write(sys.stdout)
-        return 0
-
-    def write_file(path):
-        with open(path, "w", encoding="utf-8") as handle:
-            write(handle)
-
-    save_atomic(Path(asked.output), write_file)
+        write()
+    else:
+        save_atomic(Path(asked.output), write)
     return 0

@@ -1,20 +1,18 @@
-"""Text to ids and back: TSV files, ragged examples, windows, length-grouped batches.
+"""Text to ids and back: TSV files, ragged examples, windows, length-grouped batches. A labelled line is
+`words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no quoting; a transfer line is text
+(further columns are ignored)."""
 
-A labelled line is `words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no quoting; a
-transfer line is text (further columns are ignored).
-"""
-
-from __future__ import annotations
-
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 
-from xdistil.files import save_atomic
+from xdistil.files import save_text
 from xdistil.losses import IGNORED
 
 CACHED_WORDS = 1_000_000  # distinct words whose pieces are remembered: some 300 MB at the most
@@ -36,16 +34,13 @@ class Sentences:
         return len(self.words)
 
     @classmethod
-    def plain(cls, words: list[list[str]]) -> Sentences:
+    def plain(cls, words: list[list[str]]) -> Self:
         """Sentences without tags."""
         return cls(words, None, [""] * len(words))
 
 
 def read_lines(path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines without their ends; "-" is stdin.
-
-    Raises DataError if the file is missing or not UTF-8.
-    """
+    """Line numbers from 1 and lines without their ends; "-" is stdin. Raises DataError if missing or not UTF-8."""
     path = Path("/dev/stdin" if str(path) == "-" else path)
     if not path.exists() or path.is_dir():
         there = sorted(p.name for p in path.parent.glob("*.tsv"))
@@ -53,11 +48,10 @@ def read_lines(path) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line; save the "
-                                "file as UTF-8") from None
-            yield number, text.rstrip("\r\n")
+                raise DataError(f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line; save the file "
+                                "as UTF-8") from None
 
 
 def read_labels(path: Path) -> list[str]:
@@ -71,10 +65,8 @@ def read_labels(path: Path) -> list[str]:
 
 def repair_iob2(tags: list[str]) -> tuple[list[str], int]:
     """Tags in which every I-TYPE follows B-TYPE or I-TYPE, and how many had to become B-TYPE."""
-    before = ["O", *tags]
-    fixed = [f"B-{tag[2:]}" if tag[:2] == "I-" and last[2:] != tag[2:] else tag
-             for last, tag in zip(before, tags, strict=False)]
-    return fixed, sum(a != b for a, b in zip(fixed, tags, strict=True))
+    wrong = [tag[:2] == "I-" and tag[2:] != last[2:] for last, tag in pairwise(["O", *tags])]
+    return [f"B-{tag[2:]}" if bad else tag for tag, bad in zip(tags, wrong, strict=True)], sum(wrong)
 
 
 def subset(rows: list, limit: int | None, seed: int) -> list:
@@ -85,22 +77,17 @@ def subset(rows: list, limit: int | None, seed: int) -> list:
 
 
 def read_tagged(path: Path, labels: list[str], limit: int | None = None, seed: int = 0) -> Sentences:
-    """Read a labelled file; blank lines are skipped, broken IOB2 is repaired and counted.
-
-    Raises DataError naming file and line for wrong columns, unequal counts of words and tags, unknown labels
-    and invalid UTF-8; naming the file if it is missing or holds no sentence.
-    """
-    known, rows, repaired = set(labels), [], 0
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
+    """Read a labelled file; blank lines are skipped, broken IOB2 is repaired and counted. Raises DataError naming file
+    and line for wrong columns, unequal counts of words and tags, unknown labels and invalid UTF-8; naming the file if
+    it is missing or holds no sentence."""
+    rows, repaired = [], 0
+    for number, line in ((number, line) for number, line in read_lines(path) if line.strip()):
         words, tags, language, *more = [*line.split("\t"), "", ""]
         words, tags = words.split(" "), tags.split(" ")
         if len(more) > 2 or len(words) != len(tags) or not all(words):
             raise DataError(f"{path}:{number}: {len(words)} words and {len(tags)} tags; expected "
                             "words<TAB>tags[<TAB>language] with as many of each, single spaces between")
-        unknown = [tag for tag in tags if tag not in known]
-        if unknown:
+        if unknown := [tag for tag in tags if tag not in labels]:
             raise DataError(f"{path}:{number}: unknown label {unknown[0]!r}; labels.tsv has {labels}")
         tags, wrong = repair_iob2(tags)
         repaired += wrong
@@ -114,8 +101,7 @@ def read_tagged(path: Path, labels: list[str], limit: int | None = None, seed: i
 
 def read_text(path: Path, limit: int | None = None, seed: int = 0) -> Sentences:
     """Read transfer text: the first column of each line, split at white space. Raises DataError."""
-    words = [line.split("\t")[0].split() for _, line in read_lines(path)]
-    words = subset([sentence for sentence in words if sentence], limit, seed)
+    words = subset([words for _, line in read_lines(path) if (words := line.split("\t")[0].split())], limit, seed)
     if not words:
         raise DataError(f"{path}: no sentence in this file; expected one sentence a line")
     return Sentences.plain(words)
@@ -131,16 +117,13 @@ def typical_sentence(sentences: Sentences) -> list[str]:
 def write_tagged(path: Path, sentences: Sentences, tags: list[list[str]]) -> None:
     """Write words, the given tags and the language, a line each (format of the labelled files)."""
     rows = zip(sentences.words, tags, sentences.languages, strict=True)
-    text = "".join(f"{' '.join(w)}\t{' '.join(t)}\t{x}\n" for w, t, x in rows)
-    save_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    save_text(path, "".join(f"{' '.join(w)}\t{' '.join(t)}\t{language}\n" for w, t, language in rows))
 
 
 def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list[int]]]:
-    """The sub-word ids of each word of each sentence; a word without any gets the unknown id.
-
-    Distinct words are tokenised once and remembered where that is exact, which is checked on the first
-    sentences; elsewhere (pieces that depend on neighbours) whole sentences are tokenised in batches.
-    """
+    """The sub-word ids of each word of each sentence; a word without any gets the unknown id. Distinct words are
+    tokenised once and remembered where that is exact, which is checked on the first sentences; elsewhere (pieces that
+    depend on neighbours) whole sentences are tokenised in batches."""
     unknown, cache = [tokenizer.unk_token_id or 0], {}
 
     def whole(batch):
@@ -170,29 +153,22 @@ def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list
 
 def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a single text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
     return full[:start], full[start + len(bare) :]
 
 
 def windows(sizes: list[int], capacity: int) -> list[tuple[int, int, int, int]]:
-    """Overlapping windows of whole words: (start, end, first owned, end of owned), counted in words.
-
-    Neighbours share up to a quarter of the capacity. Each word is owned by exactly one window, the one that
-    shows more of its context. `sizes` are pieces per word, `capacity` pieces per window.
-    """
+    """Overlapping windows of whole words: (start, end, first owned, end of owned), counted in words. Neighbours share
+    up to a quarter of the capacity. Each word is owned by exactly one window, the one that shows more of its context.
+    `sizes` are pieces per word, `capacity` pieces per window."""
+    total = list(accumulate((min(size, capacity) for size in sizes), initial=0))  # a longer word: its first pieces
     n, spans, start = len(sizes), [], 0
-    sizes = [min(size, capacity) for size in sizes]  # longer words are shown by their first pieces
     while start < n:
-        end, used = start, 0
-        while end < n and used + sizes[end] <= capacity:
-            used, end = used + sizes[end], end + 1
+        end = bisect_right(total, total[start] + capacity) - 1
         spans.append((start, end))
-        start, shared = end, 0
-        while end < n and start - 1 > spans[-1][0] and shared + sizes[start - 1] <= capacity // 4:
-            start, shared = start - 1, shared + sizes[start - 1]
-    cuts = [0, *((b[0] + a[1] + 1) // 2 for a, b in zip(spans, spans[1:], strict=False)), n]
+        start = max(start + 1, bisect_left(total, total[end] - capacity // 4)) if end < n else n
+    cuts = [0, *((following + end + 1) // 2 for (_, end), (following, _) in pairwise(spans)), n]
     return [(*span, cuts[i], cuts[i + 1]) for i, span in enumerate(spans)]
 
 
@@ -200,8 +176,8 @@ def windows(sizes: list[int], capacity: int) -> list[tuple[int, int, int, int]]:
 class Examples:
     """N windows of token ids, flat and ragged: window i is `input_ids[offsets[i]:offsets[i + 1]]`.
 
-    On the first sub-word of each owned word, `labels` holds the label's id and `words` the word's index in
-    its sentence; elsewhere IGNORED and -1. `sentences` [N] says which sentence a window is of.
+    On the first sub-word of each owned word, `labels` holds the label's id and `words` the word's index in its
+    sentence; elsewhere IGNORED and -1. `sentences` [N] says which sentence a window is of.
     """
 
     input_ids: np.ndarray
@@ -226,15 +202,12 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
     ids, tags, words, offsets, owners = [], [], [], [0], []
     for i, pieces in enumerate(word_pieces(tokenizer, sentences.words)):
         for start, end, first, last in windows([len(p) for p in pieces], capacity):
-            rows = [(piece, IGNORED, -1) for piece in before]
-            for w in range(start, end):
-                owned = first <= w < last
-                tag = label_id[sentences.tags[i][w]] if owned and labels else IGNORED
-                rows.append((pieces[w][0], tag, w if owned else -1))
-                rows += [(piece, IGNORED, -1) for piece in pieces[w][1:capacity]]
-            rows += [(piece, IGNORED, -1) for piece in after]
-            for flat, column in zip((ids, tags, words), zip(*rows, strict=True), strict=True):
-                flat.extend(column)
+            shown = [(piece, w if first <= w < last and not nth else -1)
+                     for w in range(start, end) for nth, piece in enumerate(pieces[w][:capacity])]
+            ids += [*before, *(piece for piece, _ in shown), *after]
+            owned = [-1] * len(before) + [w for _, w in shown] + [-1] * len(after)
+            tags += [label_id[sentences.tags[i][w]] if labels and w >= 0 else IGNORED for w in owned]
+            words += owned
             offsets.append(len(ids))
             owners.append(i)
     types = (np.int32, np.int16, np.int32, np.int64, np.int32)
@@ -242,17 +215,13 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
 
 
 def batches(lengths: np.ndarray, batch_size: int, seed: int | None = None, multiple: int = 8) -> list[np.ndarray]:
-    """Indices of length-grouped batches with about the same number of token slots each.
-
-    Windows are shuffled, sorted by length within large pools, and packed up to `batch_size` times the mean
-    length in slots: `batch_size` windows of average length, more short ones, fewer long ones. Without a
-    seed: one pool, longest first, for evaluation.
-    """
-    padded, pool_size = -(-np.asarray(lengths) // multiple) * multiple, 64 * batch_size
-    slots, packed, rng = batch_size * padded.mean(), [], np.random.default_rng(seed)
+    """Indices of length-grouped batches with about the same number of token slots each. Windows are shuffled, sorted
+    by length within large pools, and packed up to `batch_size` times the mean length in slots: `batch_size` windows of
+    average length, more short ones, fewer long ones. Without a seed: one pool, longest first, for evaluation."""
+    padded, rng, packed = -(-np.asarray(lengths) // multiple) * multiple, np.random.default_rng(seed), []
+    slots, pool_size = batch_size * padded.mean(), len(padded) if seed is None else 64 * batch_size
     order = np.arange(len(padded)) if seed is None else rng.permutation(len(padded))
-    for start in range(0, len(order), len(order) if seed is None else pool_size):
-        pool = order[start:][: None if seed is None else pool_size]
+    for pool in np.split(order, range(pool_size, len(order), pool_size)):
         pool = pool[np.argsort(-padded[pool], kind="stable")]
         while len(pool):
             n = max(1, int(slots // padded[pool[0]]))  # the first is the longest
@@ -277,7 +246,6 @@ def collate(examples: Examples, indices, pad_id: int, multiple: int = 8) -> dict
 
 def split_transfer(n: int, chunk_size: int, holdout_ratio: float, seed: int):
     """The held-out windows of a transfer set, at most 2,000, and its chunks, as index arrays."""
-    order = np.random.default_rng(seed).permutation(n)
-    n_held_out = min(2000, max(1, round(n * holdout_ratio)))
-    rest = order[n_held_out:]
-    return order[:n_held_out], [rest[i : i + chunk_size] for i in range(0, len(rest), chunk_size)]
+    order, n_held_out = np.random.default_rng(seed).permutation(n), min(2000, max(1, round(n * holdout_ratio)))
+    held_out, rest = np.split(order, [n_held_out])
+    return held_out, [rest[i : i + chunk_size] for i in range(0, len(rest), chunk_size)]

@@ -1,8 +1,8 @@
 """What it runs on: device and precision through accelerate."""
 
-from __future__ import annotations
-
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 
 POLICIES = {"float32": "no", "mixed_float16": "fp16", "mixed_bfloat16": "bf16"}
 
@@ -16,29 +16,21 @@ def multiplies_bf16(device_type: str) -> bool:
 
 
 def choose_precision(device_type: str, opt_policy: str) -> tuple[str, str]:
-    """Accelerate's word for a policy on a device ("no", "fp16", "bf16"), and why.
-
-    Raises ValueError for float16 off CUDA, which does not train.
-    """
+    """Accelerate's word for a policy on a device ("no", "fp16", "bf16"), and why; ValueError for float16 off CUDA."""
     native = multiplies_bf16(device_type)
     if opt_policy == "auto":
         return ("bf16" if native else "no"), f"{'has' if native else 'has no'} bfloat16 arithmetic"
     if opt_policy == "mixed_float16" and device_type != "cuda":
-        raise ValueError(f"opt_policy: mixed_float16 does not train on {device_type}; "
-                         "set opt_policy: mixed_bfloat16 or float32")
+        raise ValueError(f"opt_policy: mixed_float16 does not train on {device_type}; set opt_policy: mixed_bfloat16 "
+                         "or float32")
     if opt_policy == "mixed_bfloat16" and device_type == "cpu" and not native:
         return "no", "mixed_bfloat16 was asked for, but this CPU only emulates it, many times slower"
     return POLICIES[opt_policy], f"opt_policy {opt_policy}"
 
 
 def open_accelerator(device: str = "auto", opt_policy: str = "auto", quiet: bool = False):
-    """An `accelerate.Accelerator` on the device in the precision of the policy.
-
-    Raises ValueError naming the parameter if the device is absent or cannot do the precision.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
+    """An `accelerate.Accelerator` on the device in the precision of the policy. Raises ValueError naming the parameter
+    if the device is absent or cannot do the precision."""
     # one process may run stages of different precision one after another (notebooks, tests)
     AcceleratorState._reset_state(reset_partial_state=True)
     found = PartialState(cpu=device == "cpu").device

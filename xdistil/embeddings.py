@@ -1,16 +1,12 @@
 """The teacher's word embeddings in the student's width: truncated SVD, or mapped by shared pieces."""
 
-from __future__ import annotations
-
 import torch
 
 
 def compress(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Truncated SVD of word embeddings [V, H], not centred (2004.05686).
 
-    The singular vectors come from the H x H second moments, summed in double precision block by block, so
-    that no double-precision copy of the embeddings is made.
-
+    By the H x H second moments, summed in double precision in blocks: the embeddings are not copied as doubles.
     Returns: U_k S_k = matrix @ V_k, [V, rank]; and all H singular values, descending.
     Raises ValueError if the rank is not in 1..min(V, H).
     """
@@ -21,8 +17,7 @@ def compress(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     moments = sum(block.T @ block for block in map(torch.Tensor.double, matrix.split(8192)))
     values, vectors = torch.linalg.eigh(moments)
     basis = vectors.flip(-1)[:, :rank].to(matrix.dtype)
-    # one sign per direction, so that the result does not depend on the LAPACK build
-    basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+    basis *= basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # else the signs depend on the LAPACK build
     return matrix @ basis, values.flip(-1).clamp(min=0).sqrt().float()
 
 
@@ -42,10 +37,8 @@ def map_to_student(teacher, teacher_pieces, student, student_pieces) -> tuple[to
     """Teacher embeddings mapped into a pretrained student's space, so that its layers still fit.
 
     Ridge least squares on the pieces that both vocabularies share; these keep the student's own rows.
-
     Args: teacher [V_t, H_t] and student [V_s, H_s] with their pieces in id order.
-    Returns: [V_t, H_s] and the number of shared pieces.
-    Raises ValueError if fewer pieces are shared than the teacher is wide.
+    Returns: [V_t, H_s] and the number of shared pieces. ValueError: fewer are shared than the teacher is wide.
     """
     row_of = {piece: row for row, piece in reversed(list(enumerate(plain_pieces(student_pieces))))}
     shared = [(i, row_of[p]) for i, p in enumerate(plain_pieces(teacher_pieces)) if p in row_of]

@@ -1,7 +1,5 @@
 """How good: one prediction per word, strict entity F1 per sentence, per language and per type."""
 
-from __future__ import annotations
-
 import statistics
 import time
 
@@ -12,7 +10,7 @@ from xdistil.data import Examples, Sentences, batches, collate
 from xdistil.models import run_model
 
 
-def _run(model, batch: dict, accelerator) -> torch.Tensor:
+def _best(model, batch: dict, accelerator) -> torch.Tensor:
     inputs = {name: batch[name].to(accelerator.device) for name in ("input_ids", "attention_mask")}
     with torch.inference_mode(), accelerator.autocast():
         return run_model(model, inputs)[0].argmax(-1).cpu()
@@ -20,49 +18,39 @@ def _run(model, batch: dict, accelerator) -> torch.Tensor:
 
 def predict_tags(model, examples: Examples, words: list[list[str]], labels: list[str], pad_id: int,
                  accelerator, batch_size: int = 64) -> list[list[str]]:
-    """The most probable label of every word, in input order.
-
-    It is read at the word's first sub-word in the one window that owns the word, so no word is lost to
-    truncation, however long the sentence.
-    """
+    """The most probable label of every word, in input order: read at the word's first sub-word in the one window that
+    owns the word, so no word is lost to truncation, however long the sentence."""
     tags = [["O"] * len(sentence) for sentence in words]
     model.eval()
     for rows in batches(examples.lengths, batch_size) if len(examples) else ():
         batch = collate(examples, rows, pad_id)
-        best = _run(model, batch, accelerator)
-        row, column = torch.nonzero(batch["words"] >= 0, as_tuple=True)
-        found = zip(examples.sentences[rows][row.numpy()], batch["words"][row, column].tolist(),
-                    best[row, column].tolist(), strict=True)
-        for sentence, word, label in found:
+        best, first = _best(model, batch, accelerator), batch["words"] >= 0
+        sentences = examples.sentences[rows][first.nonzero()[:, 0].numpy()]
+        for sentence, word, label in zip(sentences, batch["words"][first].tolist(), best[first].tolist(), strict=True):
             tags[sentence][word] = labels[label]
     return tags
 
 
 def entity_f1(gold: list[list[str]], predicted: list[list[str]]) -> dict:
-    """Strict IOB2 precision, recall and F1 (0..1) over entities, and F1 `by_type` (seqeval); None where
-    neither side holds an entity."""
+    """Strict IOB2 precision, recall, F1 (0..1) over entities, F1 `by_type` (seqeval); None if neither side has any."""
     from seqeval.metrics.v1 import precision_recall_fscore_support
     from seqeval.scheme import IOB2
 
-    types = sorted({tag[2:] for tags in (*gold, *predicted) for tag in tags if tag != "O"})
+    types = sorted({tag[2:] for tags in (*gold, *predicted) for tag in tags if tag[0] == "B"})
     if not types:
         return {"precision": None, "recall": None, "f1": None, "by_type": {}}
-    whole, each = (precision_recall_fscore_support(gold, predicted, average=average, scheme=IOB2, zero_division=0)
-                   for average in ("micro", None))
-    return {**dict(zip(("precision", "recall", "f1"), map(float, whole[:3]), strict=True)),
+    (precision, recall, f1, _), each = (precision_recall_fscore_support(
+        gold, predicted, average=average, scheme=IOB2, zero_division=0) for average in ("micro", None))
+    return {"precision": float(precision), "recall": float(recall), "f1": float(f1),
             "by_type": dict(zip(types, map(float, each[2]), strict=True))}
 
 
 def score(gold: Sentences, predicted: list[list[str]]) -> dict:
-    """Micro F1, F1 per type and per language, and `macro`, the mean over languages (0..1).
-
-    The papers report `macro`; with one language it equals `micro`.
-    """
+    """Micro F1, F1 per type and per language, and `macro`, the mean over languages (0..1), which the papers report."""
     whole, by_language = entity_f1(gold.tags, predicted), {}
     for language in sorted(set(gold.languages)):
         rows = [i for i, other in enumerate(gold.languages) if other == language]
-        found = entity_f1([gold.tags[i] for i in rows], [predicted[i] for i in rows])
-        by_language[language or "all"] = found["f1"]
+        by_language[language or "all"] = entity_f1([gold.tags[i] for i in rows], [predicted[i] for i in rows])["f1"]
     values = [f1 for f1 in by_language.values() if f1 is not None]
     return {"macro": statistics.fmean(values) if values else 0.0, "micro": whole.pop("f1"), **whole,
             "by_language": by_language, "sentences": len(gold)}
@@ -73,23 +61,20 @@ def retention(student: dict, teacher: dict) -> dict:
     def share(s, t):
         return s / t if s is not None and t else None
 
-    return {"macro": share(student["macro"], teacher["macro"]),
-            "micro": share(student["micro"], teacher["micro"]),
-            "by_language": {language: share(student["by_language"][language], f1)
-                            for language, f1 in teacher["by_language"].items()}}
+    languages = {name: share(student["by_language"][name], f1) for name, f1 in teacher["by_language"].items()}
+    return {"by_language": languages, **{mean: share(student[mean], teacher[mean]) for mean in ("macro", "micro")}}
 
 
 def measure_speed(model, examples: Examples, pad_id: int, accelerator, n: int = 100) -> dict:
     """Median milliseconds per window at batch 1, and windows per second at batch 32; the model alone."""
     def seconds(rows) -> float:
         batch, start = collate(examples, rows, pad_id, multiple=1), time.perf_counter()
-        _run(model, batch, accelerator)
+        _best(model, batch, accelerator)
         return time.perf_counter() - start
 
     model.eval()
     some = np.linspace(0, len(examples) - 1, min(n, len(examples))).astype(int)
     groups = [some[rows] for rows in batches(examples.lengths[some], 32)]
     seconds(some[:1]), seconds(groups[0])  # the first calls also allocate
-    single = statistics.median(seconds(some[i : i + 1]) for i in range(len(some)))
-    return {"ms_per_sentence": 1000 * single,
+    return {"ms_per_sentence": 1000 * statistics.median(seconds(some[i : i + 1]) for i in range(len(some))),
             "sentences_per_second": len(some) / min(sum(map(seconds, groups)) for _ in range(2))}

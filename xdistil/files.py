@@ -1,7 +1,5 @@
 """Files that are whole or absent: written under a temporary name, flushed, renamed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

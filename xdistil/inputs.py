@@ -1,11 +1,9 @@
 """What a stage reads: the task's files, what its result depends on, tokenizer, labels, encoded sentences."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 
-from xdistil import data, evaluate, models
+from xdistil import data, demo_data, evaluate, models
 from xdistil.files import hash_file
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import STAGES, Run
@@ -13,20 +11,17 @@ from xdistil.training import Feed
 
 OPTIMISER = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_schedule", "weight_decay",
              "max_grad_norm")
-TRANSFER = ("transfer_limit", "distil_chunk_size", "holdout_ratio")
+TRANSFER = ("transfer_limit", "distil_chunk_size", "holdout_ratio", "student_distil_batch_size", "distil_epochs")
+STUDENT = ("dropout", "freeze_word_embedding")
 USES = {  # the parameters that each stage's result follows from
     "teacher": (*OPTIMISER, "pt_teacher_checkpoint", "train_limit", "teacher_batch_size", "teacher_epochs",
-                "ft_epochs", "teacher_lr"),
+                "teacher_lr"),
     "student-init": ("seed", "student_init", "pt_student_checkpoint", "hidden_size", "num_hidden_layers",
                      "num_attention_heads", "intermediate_size", "compress_word_embedding"),
-    "hidden": (*OPTIMISER, *TRANSFER, "distil_multi_hidden_states", "distil_attention", "layer_map",
-               "hidden_loss", "attention_loss", "hidden_weight", "attention_weight", "dropout",
-               "freeze_word_embedding", "student_distil_batch_size", "distil_epochs", "distil_lr"),
-    "logits": (*OPTIMISER, *TRANSFER, "logit_loss", "temperature", "unfreeze", "dropout",
-               "freeze_word_embedding", "student_distil_batch_size", "distil_epochs", "logit_lr"),
-    "labels": (*OPTIMISER, "train_limit", "unfreeze", "dropout", "freeze_word_embedding",
-               "student_ft_batch_size", "ft_epochs", "ft_lr"),
-    "evaluation": (), "student": (),
+    "hidden": (*OPTIMISER, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
+               "hidden_loss", "attention_loss", "hidden_weight", "attention_weight", "distil_lr"),
+    "logits": (*OPTIMISER, *TRANSFER, *STUDENT, "logit_loss", "temperature", "unfreeze", "logit_lr"),
+    "labels": (*OPTIMISER, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
 }
 FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "logits": ("transfer", "dev"),
          "labels": ("train", "dev"), "evaluation": ("dev", "test")}
@@ -36,11 +31,9 @@ def task_file(params: Params, run: Run, name: str) -> Path:
     """The path of train, dev, test, labels or transfer; writes the demo corpus when first asked."""
     folder = Path(params.task)
     if params.task == DEMO_TASK:
-        from xdistil.demo_data import write_demo_corpus
-
         folder = run.dir / "task"
         if not (folder / "transfer.tsv").is_file():
-            write_demo_corpus(folder)
+            demo_data.write_demo_corpus(folder)
     return Path(params.transfer_file if name == "transfer" and params.transfer_file else folder / f"{name}.tsv")
 
 
@@ -76,22 +69,19 @@ def given_teacher(params: Params, run: Run) -> Path | None:
 
 def teacher_source(params: Params, run: Run) -> tuple[str, str]:
     """The checkpoint that the teacher starts from, and the parameter that names it."""
-    given = given_teacher(params, run)
-    if given:
+    if given := given_teacher(params, run):
         return str(given), "teacher_model_dir"
     return params.pt_teacher_checkpoint, "pt_teacher_checkpoint"
 
 
 def depends(params: Params, run: Run, name: str) -> dict:
     """Everything the result of a stage follows from, as flat names and values."""
-    values, files, given = params.pick(*USES[name]), FILES.get(name, ()), given_teacher(params, run)
+    values, files, given = params.pick(*USES.get(name, ())), FILES.get(name, ()), given_teacher(params, run)
     if name == "teacher" and given:
-        weights = sorted(given.glob("*.safetensors"))
-        values, files = {"teacher weights": fingerprint([_hash(p) for p in weights])}, ("dev", "labels")
-        values["seq_len"] = params.seq_len
+        weights = fingerprint([_hash(path) for path in sorted(given.glob("*.safetensors"))])
+        values, files = {"teacher weights": weights, "seq_len": params.seq_len}, ("dev", "labels")
     elif name == "teacher":
-        values["teacher_epochs"] = params.teacher_epochs or values.pop("ft_epochs")
-        values.pop("ft_epochs", None)
+        values["teacher_epochs"] = params.teacher_epochs or params.ft_epochs
     values |= {f"{file} file": _hash(task_file(params, run, file)) for file in files}
     before = list(STAGES)[: list(STAGES).index(name)]
     return values | ({f"stage {before[-1]}": run.stage(before[-1]).fingerprint} if before else {})
@@ -104,11 +94,8 @@ def is_done(params: Params, run: Run, name: str) -> bool:
 
 
 class Inputs:
-    """Tokenizer, labels (in the teacher's order) and encoded files of a run, read when first used.
-
-    Args: source: the checkpoint to take the tokenizer from; default: the fine-tuned teacher.
-    Raises CheckpointError if the fine-tuned teacher has other labels than labels.tsv.
-    """
+    """Tokenizer (of the checkpoint `source`; default: the fine-tuned teacher), labels (in the teacher's order) and
+    encoded files of a run, read when first used. Raises CheckpointError if that teacher has other labels."""
 
     def __init__(self, params: Params, run: Run, source: str | None = None):
         self.params, self.run, self.read = params, run, functools.cache(self._read)
@@ -117,9 +104,8 @@ class Inputs:
         if source is None or given_teacher(params, run):
             known = models.load_config(folder, parameter).id2label
             if set(known.values()) != set(self.labels):
-                raise models.CheckpointError(
-                    f"{parameter}: {folder} has labels {sorted(known.values())}, labels.tsv {sorted(self.labels)}; "
-                    "give a teacher of this task")
+                raise models.CheckpointError(f"{parameter}: {folder} has labels {sorted(known.values())}, labels.tsv "
+                                             f"{sorted(self.labels)}; give a teacher of this task")
             self.labels = [known[i] for i in range(len(known))]
         self.tokenizer = models.load_tokenizer(source or folder, parameter)
         self.pad_id = self.tokenizer.pad_token_id

@@ -1,10 +1,6 @@
-"""How far apart teacher and student are: pure functions of tensors, padding never counts.
+"""How far apart teacher and student are: float32 means over real positions, 0 without any; masks [B, S], 1 = real."""
 
-Every loss is a mean over real positions in float32, 0 when there are none. Masks are [B, S], 1 = real.
-"""
-
-from __future__ import annotations
-
+import torch
 import torch.nn.functional as F
 
 IGNORED = -100  # the label of positions without a tag: special tokens, later sub-words, padding
@@ -23,18 +19,17 @@ def _real(student, teacher, mask):
     return (tensor.float().where(mask > 0, 1.0) for tensor in (student, teacher))
 
 
-def _squared(student, teacher, mask):
-    student, teacher = _real(student, teacher, mask)
-    return masked_mean((student - teacher) ** 2, mask)
-
-
 def _pairs(mask):
     return mask[:, None, :, None] * mask[:, None, None, :]  # [B, 1, S, S]
 
 
+def _mse(student, teacher, mask):
+    return masked_mean(torch.sub(*_real(student, teacher, mask)) ** 2, mask)
+
+
 def hidden_mse(student, teacher, mask):
     """Mean squared error of hidden states [B, S, H_t] (2106.04563); the student's are projected before."""
-    return _squared(student, teacher, mask[..., None])
+    return _mse(student, teacher, mask[..., None])
 
 
 def hidden_cosine(student, teacher, mask):
@@ -45,7 +40,7 @@ def hidden_cosine(student, teacher, mask):
 
 def attention_mse(student, teacher, mask):
     """Mean squared error of attention maps [B, A, S, S] over heads and pairs of real tokens (2106.04563)."""
-    return _squared(student, teacher, _pairs(mask))
+    return _mse(student, teacher, _pairs(mask))
 
 
 def attention_kl(student, teacher, mask):
@@ -57,13 +52,13 @@ def attention_kl(student, teacher, mask):
 
 def logit_mse(student, teacher, mask):
     """Mean squared error of raw logits [B, S, C] (2004.05686, L_LL without its factor 1/2)."""
-    return _squared(student, teacher, mask[..., None])
+    return _mse(student, teacher, mask[..., None])
 
 
 def logit_kl(student, teacher, mask, temperature: float = 1.0):
     """temperature^2 KL(teacher || student) of softened classes [B, S, C], in nats (Hinton et al. 2015)."""
     log_s, log_t = (F.log_softmax(x / temperature, dim=-1) for x in _real(student, teacher, mask[..., None]))
-    return masked_mean((log_t.exp() * (log_t - log_s)).sum(-1), mask) * temperature**2
+    return masked_mean(F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1), mask) * temperature**2
 
 
 def tag_loss(logits, labels):

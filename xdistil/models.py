@@ -1,15 +1,13 @@
-"""Models as they come: find, load, check, run and save Hugging Face token classifiers.
-
-Weights are read from safetensors only, remote code is never run.
-"""
-
-from __future__ import annotations
+"""Models as they come: find, load, check, run and save Hugging Face token classifiers. Weights are read from
+safetensors only, remote code is never run."""
 
 import importlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 # hub models that a Python package also carries, for machines without the hub
@@ -25,18 +23,14 @@ class CheckpointError(ValueError):
 def find_checkpoint(checkpoint: str) -> str:
     """A folder where there is one (the packaged copy of a hub model included), else the hub name."""
     if checkpoint in PACKAGED and not Path(checkpoint).is_dir():
-        try:
+        with suppress(ImportError):
             return str(importlib.import_module(PACKAGED[checkpoint]).get_model_path())
-        except ImportError:
-            pass
     return checkpoint
 
 
 def _load(loader, checkpoint, parameter: str, **options):
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # its load report names the new head, which is expected here
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # its load report names the new head, which is expected here
+    transformers.logging.disable_progress_bar()
     try:
         return loader.from_pretrained(find_checkpoint(str(checkpoint)), **options)
     except (OSError, ValueError, ImportError) as error:
@@ -48,18 +42,14 @@ def _load(loader, checkpoint, parameter: str, **options):
 
 def load_config(checkpoint, parameter: str = "pt_teacher_checkpoint"):
     """The config of a checkpoint: one small file, or the hub's. Raises CheckpointError."""
-    from transformers import AutoConfig
-
-    return _load(AutoConfig, checkpoint, parameter)
+    return _load(transformers.AutoConfig, checkpoint, parameter)
 
 
 def load_tokenizer(checkpoint, parameter: str = "pt_teacher_checkpoint"):
     """The tokenizer of a checkpoint. Raises CheckpointError if it does not fit the model's rows."""
-    from transformers import AutoTokenizer
-
     config = load_config(checkpoint, parameter)
     spaced = {"add_prefix_space": True} if config.model_type in BYTE_BPE else {}
-    tokenizer = _load(AutoTokenizer, checkpoint, parameter, **spaced)
+    tokenizer = _load(transformers.AutoTokenizer, checkpoint, parameter, **spaced)
     if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id is None:
         raise CheckpointError(f"{parameter}: the tokenizer of {str(checkpoint)!r} has {len(tokenizer)} pieces and "
                               f"padding id {tokenizer.pad_token_id}, the model {config.vocab_size} rows; the folder "
@@ -68,36 +58,28 @@ def load_tokenizer(checkpoint, parameter: str = "pt_teacher_checkpoint"):
 
 
 def load_classifier(checkpoint, labels: list[str], parameter: str):
-    """A float32 token classifier over `labels` with the encoder of a checkpoint.
-
-    Its head is kept when it has one for as many labels, else it is new. Raises CheckpointError.
-    """
-    from transformers import AutoModelForTokenClassification
-
-    return _load(AutoModelForTokenClassification, checkpoint, parameter, dtype=torch.float32,
+    """A float32 token classifier over `labels` with the encoder of a checkpoint. Its head is kept when it has one for
+    as many labels, else it is new. Raises CheckpointError."""
+    return _load(transformers.AutoModelForTokenClassification, checkpoint, parameter, dtype=torch.float32,
                  id2label=dict(enumerate(labels)), label2id={x: i for i, x in enumerate(labels)},
                  use_safetensors=True, ignore_mismatched_sizes=True)
 
 
 def from_config(config):
     """A float32 token classifier with random weights."""
-    from transformers import AutoModelForTokenClassification
-
-    return AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+    return transformers.AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
 
 
 def random_teacher(words: set[str], labels: list[str], folder: Path) -> Path:
     """Write a tiny untrained BERT (4 layers of width 48, 4 heads) whose WordPiece vocabulary is the letters
     and the first 2,000 of the words; for dry runs and tests."""
-    from transformers import BertConfig, BertTokenizer
-
     letters = sorted({letter for word in words for letter in word})
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters)]
-    pieces = list(dict.fromkeys(pieces + sorted(words)[:2000]))
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    BertTokenizer(vocab=vocab, do_lower_case=False, strip_accents=False).save_pretrained(folder)
-    from_config(BertConfig(vocab_size=len(pieces), hidden_size=48, num_hidden_layers=4, num_attention_heads=4,
-                           intermediate_size=96, num_labels=len(labels))).save_pretrained(folder)
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces + sorted(words)[:2000]))}
+    transformers.BertTokenizer(vocab=vocab, do_lower_case=False, strip_accents=False).save_pretrained(folder)
+    from_config(transformers.BertConfig(
+        vocab_size=len(vocab), hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
+        num_labels=len(labels))).save_pretrained(folder)
     return folder
 
 
@@ -112,18 +94,15 @@ def set_dropout(model, hidden: float, attention: float) -> None:
 
 
 def run_model(model, batch: dict, hidden_states: bool = False, attentions: bool = False):
-    """Logits [B, S, C], hidden states (L+1 of [B, S, H]) and attention maps (L of [B, A, S, S]).
-
-    Maps need `model.set_attn_implementation("eager")`. Raises RuntimeError if any are missing: the library
-    itself only warns.
-    """
+    """Logits [B, S, C], hidden states (L+1 of [B, S, H]) and attention maps (L of [B, A, S, S]). Maps need
+    `model.set_attn_implementation("eager")`. Raises RuntimeError if any are missing: the library itself only warns."""
     out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], return_dict=True,
                 output_hidden_states=hidden_states, output_attentions=attentions)
     n_layers, states, maps = model.config.num_hidden_layers, out.hidden_states, out.attentions
     for wanted, found, expected in ((hidden_states, states, n_layers + 1), (attentions, maps, n_layers)):
         if wanted and len(found or ()) != expected:
-            raise RuntimeError(f"{type(model).__name__} returned {len(found or ())} hidden states or attention "
-                               f"maps where {expected} were due; set distil_attention: false")
+            raise RuntimeError(f"{type(model).__name__} returned {len(found or ())} hidden states or attention maps "
+                               f"where {expected} were due; set distil_attention: false")
     return out.logits, states, maps
 
 

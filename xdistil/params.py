@@ -1,10 +1,5 @@
-"""What was asked: one flat, frozen set of parameters, checked before anything heavy is loaded.
-
-A params file has one root key, `experiment:`, so that papermill's `-f FILE` injects it whole.
-The names of the original XtremeDistilTransformers command line are kept as they are.
-"""
-
-from __future__ import annotations
+"""What was asked: one flat, frozen set of parameters, checked before anything heavy is loaded. A file has one root
+key, `experiment:`, so that papermill's `-f FILE` injects it whole; names are those of XtremeDistilTransformers."""
 
 import difflib
 import hashlib
@@ -13,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from xdistil.tables import Table
 
@@ -31,10 +26,8 @@ def _field(default, meaning: str, **limits):
     return Field(default, description=meaning, **limits)
 
 
-class Params(BaseModel):
+class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     """All parameters of a run. Paths are absolute once `load_params` has been through them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
     task: str = _field(DEMO_TASK, "folder with train, dev, test, labels and transfer.tsv; 'demo' generates one")
     model_dir: str = _field("runs/demo", "folder of the run: every stage reads and writes there")
@@ -50,11 +43,9 @@ class Params(BaseModel):
         "auto", "precision; auto: bfloat16 where the hardware has its arithmetic, else float32")
 
     pt_teacher: str | None = _field(None, "encoder class, such as BertModel; checked against the checkpoint")
-    pt_teacher_checkpoint: str = _field(
-        "sentence-transformers/all-MiniLM-L6-v2", "teacher encoder: folder or hub name; 'random': tiny, untrained")
+    pt_teacher_checkpoint: str = _field("sentence-transformers/all-MiniLM-L6-v2", "folder or hub name; 'random': tiny")
     tf_model_check: bool = _field(False, "teacher checkpoint from TensorFlow, not in this version")
-    teacher_model_dir: str | None = _field(
-        None, "fine-tuned teacher: used as it is if it is there, else written there; default: MODEL_DIR/teacher")
+    teacher_model_dir: str | None = _field(None, "fine-tuned teacher, reused or written; default: MODEL_DIR/teacher")
     teacher_batch_size: int = _field(32, "sentences of average length per step", ge=1)
     teacher_epochs: int | None = _field(None, "epochs of the teacher; default: ft_epochs", ge=1)
     teacher_lr: float = _field(5e-5, "peak learning rate of the teacher", gt=0, le=1)
@@ -79,8 +70,7 @@ class Params(BaseModel):
     attention_weight: float = _field(1.0, "weight of each attention term", ge=0)
     logit_loss: Literal["mse", "kl"] = _field("mse", "distance of logits")
     temperature: float = _field(1.0, "softens both models' classes if logit_loss is kl", gt=0)
-    unfreeze: Literal["module", "layer", "none"] = _field(
-        "module", "stages 2 and 3 train the head, then all; the head, then a layer more at a time; or all at once")
+    unfreeze: Literal["module", "layer", "none"] = _field("module", "stages 2, 3: head, then all; by layers; at once")
     student_distil_batch_size: int = _field(32, "sentences of average length per step, stages 1 and 2", ge=1)
     student_ft_batch_size: int = _field(32, "sentences of average length per step, stage 3", ge=1)
     distil_chunk_size: int = _field(10000, "transfer sentences whose teacher outputs are computed at once", ge=1)
@@ -95,33 +85,28 @@ class Params(BaseModel):
     warmup_ratio: float = _field(0.1, "share of each step spent warming up", ge=0, lt=1)
     weight_decay: float = _field(0.01, "AdamW weight decay, of matrices only", ge=0)
     max_grad_norm: float = _field(1.0, "gradient norm above which gradients are scaled down", gt=0)
-    targets_cache_gb: float = _field(
-        4.0, "GB (1e9 bytes) of teacher outputs kept on disk; past it the teacher runs again", ge=0)
+    targets_cache_gb: float = _field(4.0, "GB (1e9 bytes) of teacher outputs on disk; past it they are redone", ge=0)
 
     @model_validator(mode="after")
     def _combinations(self):
-        init = self.initialisation
-        fits = [a for a in range(1, 33) if self.hidden_size % a == 0]
-        from_teacher = self.compress_word_embedding or init == "teacher_layers"
+        init, checkpoint, compress = self.initialisation, self.pt_student_checkpoint, self.compress_word_embedding
+        fits = [heads for heads in range(1, 33) if self.hidden_size % heads == 0]
+        freeze, copied = self.freeze_word_embedding, init == "teacher_layers"
         for wrong, message in (
             (not self.do_NER, "do_NER: false, but this version only labels sequences; set do_NER: true"),
             (self.do_pairwise, "do_pairwise: text pairs are not in this version; set do_pairwise: false"),
             (self.tf_model_check, "tf_model_check: TensorFlow checkpoints are not read in this version; give one "
              "with model.safetensors and set tf_model_check: false"),
-            (init == "scratch" and self.num_attention_heads not in fits,
-             f"hidden_size: {self.hidden_size} is not divisible by num_attention_heads "
-             f"{self.num_attention_heads}; choose num_attention_heads from {fits}"),
-            (init == "checkpoint" and not self.pt_student_checkpoint,
+            (init == "scratch" and self.num_attention_heads not in fits, f"hidden_size: {self.hidden_size} is not "
+             f"divisible by num_attention_heads {self.num_attention_heads}; choose num_attention_heads from {fits}"),
+            (init == "checkpoint" and not checkpoint,
              "student_init: 'checkpoint' needs pt_student_checkpoint; name it or set student_init: scratch"),
-            (init != "checkpoint" and self.pt_student_checkpoint,
-             f"student_init: {init!r} leaves pt_student_checkpoint {self.pt_student_checkpoint!r} unused; "
-             "remove one of the two"),
-            (init == "teacher_layers" and self.compress_word_embedding,
-             "compress_word_embedding: copied teacher layers have the teacher's width, so nothing is to be "
-             "compressed; set compress_word_embedding: false"),
-            (self.freeze_word_embedding and not from_teacher,
-             "freeze_word_embedding: nothing of the teacher is in these word embeddings; set "
-             "compress_word_embedding: true as well, or freeze_word_embedding: false"),
+            (init != "checkpoint" and checkpoint, f"student_init: {init!r} leaves pt_student_checkpoint "
+             f"{checkpoint!r} unused; remove one of the two"),
+            (copied and compress, "compress_word_embedding: copied teacher layers have the teacher's width, so "
+             "nothing is to be compressed; set compress_word_embedding: false"),
+            (freeze and not (compress or copied), "freeze_word_embedding: nothing of the teacher is in these word "
+             "embeddings; set compress_word_embedding: true as well, or freeze_word_embedding: false"),
             (self.opt_policy == "mixed_float16" and self.device == "cpu",
              "opt_policy: mixed_float16 does not train on a CPU; set opt_policy: mixed_bfloat16 or float32"),
         ):
@@ -132,9 +117,8 @@ class Params(BaseModel):
     @property
     def initialisation(self) -> str:
         """`student_init` with `auto` resolved: checkpoint, scratch or teacher_layers."""
-        if self.student_init != "auto":
-            return self.student_init
-        return "checkpoint" if self.pt_student_checkpoint else "scratch"
+        auto = "checkpoint" if self.pt_student_checkpoint else "scratch"
+        return auto if self.student_init == "auto" else self.student_init
 
     def pick(self, *names: str) -> dict:
         """The named values, for the fingerprint of a stage."""
@@ -142,15 +126,14 @@ class Params(BaseModel):
 
     def table(self) -> Table:
         """Every parameter: value in force (* where it is not the default), what is allowed, meaning."""
-        schema, rows = type(self).model_json_schema()["properties"], []
-        signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-        for name, field in type(self).model_fields.items():
-            value, allowed = getattr(self, name), []
-            for option in schema[name].get("anyOf", [schema[name]]):
+        signs, rows = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}, []
+        for (name, value), field in zip(self, self.model_json_schema()["properties"].values(), strict=True):
+            allowed = []
+            for option in field.get("anyOf", [field]):
                 limits = [f"{sign} {option[key]}" for key, sign in signs.items() if key in option]
                 allowed.append(" ".join([" / ".join(option.get("enum", [option["type"]])), *limits]))
-            rows.append({"parameter": name, "value": f"{value}{'' if value == field.default else ' *'}",
-                         "allowed": " or ".join(allowed), "meaning": field.description})
+            rows.append({"parameter": name, "value": f"{value}{'' if value == field['default'] else ' *'}",
+                         "allowed": " or ".join(allowed), "meaning": field["description"]})
         return Table(rows)
 
     def _repr_html_(self) -> str:
@@ -159,58 +142,43 @@ class Params(BaseModel):
 
 def repo_root() -> Path:
     """The folder that holds notebooks/ and params/: above the working directory, else above us."""
-    for folder in [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent]:
-        if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
-            return folder
-    return Path.cwd()
+    folders = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent]
+    return next((x for x in folders if (x / "notebooks").is_dir() and (x / "params").is_dir()), Path.cwd())
 
 
 def absolute_path(name: str, value, base: Path):
-    """A path parameter made absolute; hub names, keywords and None stay as they are."""
-    if not isinstance(value, str) or not value or (name, value) == ("task", DEMO_TASK):
+    """A path parameter made absolute; other parameters, hub names, keywords and None stay as they are."""
+    if name not in PATH_NAMES + CHECKPOINT_NAMES or not isinstance(value, str) or (name, value) == ("task", DEMO_TASK):
         return value
-    local = name in PATH_NAMES or value.startswith((".", "~", "/")) or (base / value).is_dir()
+    local = value and (name in PATH_NAMES or value.startswith((".", "~", "/")) or (base / value).is_dir())
     return str((base / Path(value).expanduser()).resolve()) if local else value
 
 
 def load_params(experiment="params/demo.yaml", overrides: dict | None = None) -> Params:
-    """Read parameters from a YAML file or a mapping and check them.
-
-    Args:
-        experiment: path of a params file (from the working directory, else from the repository
-            root), or the mapping under its `experiment:` key (what papermill injects).
-        overrides: names and values that win over the experiment's.
-
-    Returns: the checked parameters, with paths resolved from the repository root.
-    Raises ParamsError naming the parameter, what was found, what is allowed and what to do.
-    """
-    root, source = repo_root(), "experiment"
+    """Read and check parameters; `overrides` win. `experiment` is the path of a params file (from the working
+    directory, else from the repository root, where relative paths start) or the mapping under its `experiment:` key
+    (what papermill injects). Raises ParamsError naming parameter, what was found, what is allowed and what to do."""
+    root, source, overrides = repo_root(), "experiment", overrides or {}
     if not isinstance(experiment, dict):
-        path = next((p for p in (Path(experiment), root / experiment) if p.is_file()), None)
+        source, path = experiment, next((p for p in (Path(experiment), root / experiment) if p.is_file()), None)
         if path is None:
             known = sorted(p.name for p in (root / "params").glob("*.yaml"))
-            raise ParamsError(f"params file {experiment} does not exist; in params/: {known}")
-        source = str(experiment)
+            raise ParamsError(f"params file {source} does not exist; in params/: {known}")
         try:
             experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ParamsError(f"{source}: not readable as YAML: {error}") from None
     if isinstance(experiment, dict) and set(experiment) == {"experiment"}:
         experiment = experiment["experiment"]
-    if not isinstance(experiment, dict) or not isinstance(overrides or {}, dict):
+    if not isinstance(experiment, dict) or not isinstance(overrides, dict):
         raise ParamsError(f"{source}: expected names and values under one key `experiment:`")
-    values = {**experiment, **(overrides or {})}
-    for name in values:
-        if name not in Params.model_fields:
-            near = difflib.get_close_matches(str(name), Params.model_fields, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "see params/README.md"
-            raise ParamsError(f"{source}: unknown parameter {name!r}; {hint}")
-    for name in PATH_NAMES + CHECKPOINT_NAMES:
-        if name in values:
-            values[name] = absolute_path(name, values[name], root)
-    values.setdefault("model_dir", str(root / Params.model_fields["model_dir"].default))
+    values = {"model_dir": Params.model_fields["model_dir"].default} | experiment | overrides
+    for name in (name for name in values if name not in Params.model_fields):
+        near = difflib.get_close_matches(str(name), Params.model_fields, 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "see params/README.md"
+        raise ParamsError(f"{source}: unknown parameter {name!r}; {hint}")
     try:
-        return Params(**values)
+        return Params(**{name: absolute_path(name, value, root) for name, value in values.items()})
     except ValidationError as error:
         raise ParamsError("; ".join(map(_explain, error.errors()))) from None
 
@@ -219,13 +187,10 @@ def _explain(error: dict) -> str:
     """One pydantic error as: name: found what, what is allowed."""
     if not error["loc"]:
         return error["msg"].removeprefix("Value error, ")
-    name = error["loc"][0]
-    help_text = Params.model_fields[name].description
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{name}: found {error['input']!r}, but {message} ({help_text})"
+    name, message = error["loc"][0], error["msg"][0].lower() + error["msg"][1:]
+    return f"{name}: found {error['input']!r}, but {message} ({Params.model_fields[name].description})"
 
 
 def fingerprint(values) -> str:
     """Sixteen hex digits that change when any of the (JSON-like) values changes."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

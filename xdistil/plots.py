@@ -20,20 +20,18 @@ class Picture(Figure):
     """Figure that Jupyter draws without any magic command."""
 
     def _repr_png_(self):
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", bbox_inches="tight")
-        return buffer.getvalue()
+        self.savefig(png := io.BytesIO(), format="png", bbox_inches="tight")
+        return png.getvalue()
 
 
-def _figure(title, height, width=11.6, rows=1, cols=1, grid=True, **settings):
+def _figure(title, height, width=11.6, cols=1, rows=1, grid=True, **settings):
     """Styled figure, inches; `settings` (labels, limits, ticks) hold for each of its axes."""
     fig = Picture(figsize=(width, height), dpi=110, layout="constrained")
     fig.suptitle(title, weight="bold", parse_math=False)
     axes = fig.subplots(rows, cols, sharex="col")
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
-        if grid:
-            ax.grid(axis="y", color="#dddddd")
+        ax.grid(grid, axis="y", color="#dddddd" if grid else None)
         ax.set(axisbelow=True, **settings)
     return fig, axes
 
@@ -46,32 +44,18 @@ def _legend(fig, ncols):
 def _heat_map(matrix, title, label, vmax, **settings):
     """Colours from 0 to `vmax`, NaN grey, row 0 at the bottom; values in the cells unless too many."""
     rows, cols = matrix.shape
-    fig, ax = _figure(title, min(1.7 + 0.36 * rows, 8), min(3.4 + 0.62 * cols, 11.6), xticks=range(cols),
-                      yticks=range(rows), facecolor="#cccccc", grid=False, **settings)
+    fig, ax = _figure(title, min(1.7 + 0.36 * rows, 8), min(3.4 + 0.62 * cols, 11.6), grid=False, facecolor="#cccccc",
+                      xticks=range(cols), yticks=range(rows), **settings)
     fig.colorbar(ax.imshow(matrix, "cividis", vmin=0, vmax=vmax, aspect="auto", origin="lower"), label=label)
-    for (row, col), value in np.ndenumerate(matrix):
-        if max(rows, cols) <= 16 and np.isfinite(value):
-            ink = "white" if value < 0.55 * vmax else "black"
-            ax.text(col, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    for row, col in np.argwhere(np.isfinite(matrix)) if max(rows, cols) <= 16 else ():
+        ink = "white" if matrix[row, col] < 0.55 * vmax else "black"
+        ax.text(col, row, f"{matrix[row, col]:.2f}", ha="center", va="center", fontsize=8, color=ink)
     return fig, ax
 
 
-def plot_lengths(lengths, seq_len):
-    """`lengths`: {file: sub-words of each sentence}; `seq_len`: sub-words per sequence."""
-    fig, ax = _figure("Sentence lengths: those right of the dashed line are split into windows", 4.4,
-                      xlabel="sub-words per sentence (last bin: all longer ones)", ylabel="sentences (%)")
-    bins = np.arange(-0.5, 1.5 * seq_len, max(1, seq_len // 40))
-    for (name, values), colour in zip(lengths.items(), CYCLE, strict=False):
-        cut = 100 * np.mean(np.array(values) > seq_len)
-        ax.hist(np.minimum(values, bins[-1]), bins, weights=np.full(len(values), 100 / len(values)),
-                histtype="step", color=colour, label=f"{name}: {len(values):,} sentences, {cut:.3g} % split")
-    ax.axvline(seq_len + 0.5, color=GREY, linestyle="--", label=f"seq_len: {seq_len} sub-words")
-    return _legend(fig, 2)
-
-
 def plot_history(history, title):
-    """Records of history.jsonl by optimizer update: the loss and its terms above, the held-out metric (F1 in
-    percent) with a star at its best below; dotted lines where an unfreezing step begins."""
+    """Records of history.jsonl by optimizer update: the loss and its terms above, the held-out metric (F1 in percent)
+    with a star at its best below; dotted lines where an unfreezing step begins."""
     fig, (top, low) = _figure(title, 6.6, rows=2)
     train, evals = ([r for r in history if r["kind"] == kind] for kind in ("train", "eval"))
     terms = [k for k in train[0] if k not in ("kind", "step", "step_name", "epoch", "update", "lr")]
@@ -82,29 +66,29 @@ def plot_history(history, title):
         for name, alpha in zip(names, np.linspace(1, 0.35, len(names)), strict=True):
             top.plot([r["update"] for r in train], [r[name] for r in train], ".-", color=colour, alpha=alpha,
                      markersize=3, linewidth=3 if name == "loss" else 1, label=label if name == first else "")
-    top.set(yscale="log", ylabel="loss (log scale)")
     metric = evals[0]["metric"].replace("F1", "F1 (%)")
-    scale = 100 if "%" in metric else 1
-    low.plot([r["update"] for r in evals], [scale * r["score"] for r in evals], "o-", color=STUDENT)
-    best = [r for r in evals if r["best"]][-1]  # "best": it beats all before it
-    low.plot(best["update"], scale * best["score"], "*", color=ORANGE, markersize=15, mec="black",
-             label=f"best {metric}: {scale * best['score']:.4g} at update {best['update']:,}")
-    low.set(xlabel="optimizer updates", ylabel=metric)
+    points = [(r["update"], r["score"] * (100 if "%" in metric else 1), r["best"]) for r in evals]
+    update, score, _ = max(p for p in points if p[2])  # the last that beat all before it
+    low.plot([p[0] for p in points], [p[1] for p in points], "o-", color=STUDENT)
+    low.plot(update, score, "*", color=ORANGE, markersize=15, mec="black",
+             label=f"best {metric}: {score:.4g} at update {update:,}")
     for name, start in {r["step_name"]: r["update"] for r in reversed(history)}.items():
         top.text(start, 1.02, name, transform=top.get_xaxis_transform(), color=GREY, rotation=15)
         for ax in (top, low):
             ax.axvline(start, color=GREY, linestyle=":")
+    top.set(yscale="log", ylabel="loss (log scale)")
+    low.set(xlabel="optimizer updates", ylabel=metric)
     return _legend(fig, 3)
 
 
 def plot_spectrum(singular_values, kept):
     """`singular_values`: [D] of the teacher's embeddings, largest first (no unit); `kept`: how many."""
-    energy = 100 * np.cumsum(np.square(singular_values)) / np.sum(np.square(singular_values))
-    size, share = len(energy), energy[kept - 1]
-    fig, axes = _figure(f"The first {kept} of {size} singular values hold {share:.1f} % of the energy", 4.2,
-                        cols=2, xlabel="rank of the singular value (shaded: kept)", xlim=(0.5, size + 0.5))
+    energy, end = np.cumsum(np.square(singular_values)), len(singular_values)
+    energy *= 100 / energy[-1]
+    fig, axes = _figure(f"The first {kept} of {end} singular values hold {energy[kept - 1]:.1f} % of the energy", 4.2,
+                        cols=2, xlabel="rank of the singular value (shaded: kept)", xlim=(0.5, end + 0.5))
     for ax, values in zip(axes, (singular_values, energy), strict=True):
-        ax.plot(np.arange(1, size + 1), values, color=TEACHER)
+        ax.plot(np.arange(1, end + 1), values, color=TEACHER)
         ax.axvspan(0.5, kept + 0.5, color=SKY, alpha=0.25, linewidth=0)
     axes[0].set(yscale="log", ylabel="singular value (log scale)")
     axes[1].set(ylim=(0, 104), ylabel="cumulative energy (% of sum of squares)")
@@ -112,8 +96,8 @@ def plot_spectrum(singular_values, kept):
 
 
 def plot_attention_pair(tokens, teacher, student, title, head=None):
-    """Attention of one sentence of S `tokens`: `teacher` [A_t, S, S], `student` [A_s, S, S], weights from 0
-    to 1, row = attending token. `head`: index from 0, None = mean over heads."""
+    """Attention of one sentence of S `tokens`: `teacher` [A_t, S, S], `student` [A_s, S, S], weights from 0 to 1,
+    row = attending token. `head`: index from 0, None = mean over heads."""
     # A box stands for what no font can draw; more than 36 names would touch.
     known = {code for name in FAMILIES for code in get_font(findfont(name)).get_charmap()}
     shown = range(0, len(tokens), 1 + (len(tokens) - 1) // 36)
@@ -121,8 +105,8 @@ def plot_attention_pair(tokens, teacher, student, title, head=None):
     style = {"parse_math": False, "family": FAMILIES, "size": min(9, 200 / len(names))}
     first, second = (np.mean(side, 0) if head is None else side[head] for side in (teacher, student))
     scale = colors.PowerNorm(0.5, 0, max(first.max(), second.max()))  # else [CLS] and [SEP] outshine all
-    panels = (("Teacher", first, "cividis", scale, "weight (square-root scale)"),
-              ("Student", second, "cividis", scale, "weight (square-root scale)"),
+    same = "cividis", scale, "weight (square-root scale)"
+    panels = (("Teacher", first, *same), ("Student", second, *same),
               ("Student − teacher", second - first, "RdBu_r", colors.CenteredNorm(), "difference of weights"))
     title += ": mean over heads" if head is None else f": head {head} (counted from 0)"
     fig, axes = _figure(title, 6.2, cols=3, grid=False, xlabel="attended token", ylabel="attending token")
@@ -146,11 +130,10 @@ def plot_cka(cka, pairs, title):
 
 def plot_cosine(before, after, pairs):
     """`before`, `after` stage 1: mean token cosine (-1 to 1) of each (student, teacher) layer pair."""
-    at, names = np.arange(len(pairs)), [f"S{student} ← T{teacher}" for student, teacher in pairs]
-    fig, ax = _figure("Cosine of student and teacher states (1 = same direction)", 3.9, ymargin=0.1,
-                      ylabel="mean token cosine", xticks=at, xticklabels=names)
-    for bars in (ax.bar(at - 0.2, before, 0.38, color=SKY, label="before stage 1"),
-                 ax.bar(at + 0.2, after, 0.38, color=STUDENT, label="after stage 1")):
+    fig, ax = _figure("Cosine of student and teacher states (1 = same direction)", 3.9, ylabel="mean token cosine",
+                      ymargin=0.1, xticks=range(len(pairs)), xticklabels=[f"S{s} ← T{t}" for s, t in pairs])
+    for values, shift, colour, when in ((before, -0.2, SKY, "before"), (after, 0.2, STUDENT, "after")):
+        bars = ax.bar(np.arange(len(pairs)) + shift, values, 0.38, color=colour, label=f"{when} stage 1")
         ax.bar_label(bars, fmt="{:.2f}", fontsize=8)
     return _legend(fig, 2)
 
@@ -158,22 +141,22 @@ def plot_cosine(before, after, pairs):
 def plot_attention_kl(kl, pairs, title):
     """`kl`: [n_pairs, A] divergence of attention in nats, by head; `pairs`: (student, teacher) layers."""
     return _heat_map(np.array(kl), title, "KL divergence (nats)", np.nanmax(kl), xlabel="head (from 0)",
-                     yticklabels=[f"S{student} ← T{teacher}" for student, teacher in pairs])[0]
+                     yticklabels=[f"S{s} ← T{t}" for s, t in pairs])[0]
 
 
 def plot_languages(teacher, student, title):
-    """`teacher`, `student`: {language: F1 from 0 to 1, None = not measured}, sorted by the teacher's. Lines:
-    means over the languages that both have; row at the top: student / teacher in percent."""
+    """`teacher`, `student`: {language: F1 from 0 to 1, None = not measured}, sorted by the teacher's. Lines: means
+    over the languages that both have; row at the top: student / teacher in percent."""
     names = sorted(teacher, key=lambda name: teacher[name] or 0, reverse=True)
     scores = 100 * np.array([[side[name] for name in names] for side in (teacher, student)], dtype=float)
     at, both = np.arange(len(names)), np.isfinite(scores).all(0)
-    fig, ax = _figure(f"{title}\nrow at the top: share of the teacher's F1 kept", 4.6, ylim=(0, 108),
-                      xlim=(-0.7, max(at[-1], 4) + 0.7), xticks=at, xticklabels=names, ylabel="F1 (%)")
+    fig, ax = _figure(f"{title}\nrow at the top: share of the teacher's F1 kept", 4.6, ylim=(0, 108), ylabel="F1 (%)",
+                      xlim=(-0.7, max(at[-1], 4) + 0.7), xticks=at, xticklabels=names)
     for who, f1, shift, colour in zip(("teacher", "student"), scores, (-0.2, 0.2), CYCLE, strict=False):
-        ax.bar_label(ax.bar(at + shift, f1, 0.38, color=colour), fmt="{:.1f}", label_type="center",
-                     color="white", fontsize=8, rotation=90 if len(names) > 9 else 0)
-        label = f"{who}, mean of {both.sum()}: {f1[both].mean():.1f} %"
-        ax.axhline(f1[both].mean(), color=colour, linestyle="--", label=label)
+        ax.bar_label(ax.bar(at + shift, f1, 0.38, color=colour), fmt="{:.1f}", label_type="center", color="white",
+                     fontsize=8, rotation=90 if len(names) > 9 else 0)
+        mean = f1[both].mean()
+        ax.axhline(mean, color=colour, linestyle="--", label=f"{who}, mean of {both.sum()}: {mean:.1f} %")
     for i in np.flatnonzero(both & (scores[0] > 0)):
         ax.text(i, 102, f"{100 * scores[1, i] / scores[0, i]:.0f} %", ha="center", fontsize=9)
     return _legend(fig, 2)
@@ -191,20 +174,20 @@ def plot_stages(scores, teacher):
 
 
 def plot_size_speed(rows):
-    """`rows`: dicts of "name", "parameters", "non_embedding" (counts), "mb" (megabytes), "ms_per_sentence"
-    (batch 1), "sentences_per_second" and "f1" (0 to 1); a number may be None."""
+    """`rows`: dicts of "name", "parameters", "non_embedding" (counts), "mb" (megabytes), "ms_per_sentence" (batch 1),
+    "sentences_per_second" and "f1" (0 to 1); a number may be None."""
     columns = ("parameters", "non_embedding", "mb", "ms_per_sentence", "sentences_per_second", "f1")
     total, other, mb, single, batch, f1 = np.array([[row[c] for row in rows] for c in columns], dtype=float)
-    names = [row["name"] + f"\n{size:.0f} MB\nF1 {100 * score:.1f} %".replace("nan", "–")
+    names = [f"{row['name']}\n{size:.0f} MB\nF1 {100 * score:.1f} %".replace("nan", "–")
              for row, size, score in zip(rows, mb, f1, strict=True)]
-    at, paint = np.arange(len(rows)), [TEACHER if row["name"] == "teacher" else STUDENT for row in rows]
-    fig, axes = _figure("Size and speed: what the student saves", 4.2, cols=3, ymargin=0.1, xticks=at,
-                        xticklabels=names, xlim=(-0.6, at[-1] + 0.6))
+    fig, axes = _figure("Size and speed: what the student saves", 4.2, cols=3, ymargin=0.1, xticks=range(len(rows)),
+                        xticklabels=names, xlim=(-0.6, len(rows) - 0.4))
     panels = ((total / 1e6, "Parameters (hatched: embeddings)", "parameters (millions)"),
               (single, "Time of one sentence (less is better)", "ms per sentence at batch 1"),
               (batch, "Throughput (more is better)", "sentences per second"))
     for ax, (values, title, unit) in zip(axes, panels, strict=True):
-        ax.bar_label(ax.bar(at, values, 0.6, color=paint), fmt="{:,.4g}")
+        paint = [TEACHER if row["name"] == "teacher" else STUDENT for row in rows]
+        ax.bar_label(ax.bar(range(len(rows)), values, 0.6, color=paint), fmt="{:,.4g}")
         ax.set(title=title, ylabel=unit)
-    axes[0].bar(at, (total - other) / 1e6, 0.6, other / 1e6, fill=False, hatch="//", edgecolor="white")
+    axes[0].bar(range(len(rows)), (total - other) / 1e6, 0.6, other / 1e6, fill=False, hatch="//", edgecolor="white")
     return fig

@@ -1,9 +1,8 @@
 """Where things lie: a run is a folder, a stage is a folder of it with a done mark."""
 
-from __future__ import annotations
-
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from xdistil.files import read_json, read_jsonl, save_atomic, save_json
@@ -46,11 +45,8 @@ class Stage:
         return read_jsonl(self.dir / "history.jsonl")
 
     def begin(self, depends: dict) -> bool:
-        """Whether there is work to do; says why, and clears what is out of date.
-
-        An unfinished stage with the same dependencies is left as it is, to be resumed. Raises FileExistsError
-        if the folder holds files that no run wrote.
-        """
+        """Whether there is work to do; says why, and clears what is out of date. An unfinished stage with the same
+        dependencies is left, to be resumed. Raises FileExistsError if the folder holds files that no run wrote."""
         begun, depends = read_json(self.dir / "begun.json"), json.loads(json.dumps(depends, default=str))
         if begun == depends:
             self.say("done before with the same parameters and data" if self.done
@@ -90,5 +86,4 @@ class Run:
 
     def save_figure(self, figure, name: str) -> Path:
         """Save a matplotlib figure as figures/NAME.png and return its path."""
-        path = self.dir / "figures" / f"{name}.png"
-        return save_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+        return save_atomic(self.dir / "figures" / f"{name}.png", partial(figure.savefig, format="png", dpi=150))

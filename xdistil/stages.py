@@ -1,17 +1,14 @@
-"""The spine: seven calls, in order, each reading and writing folders of a run.
-
-A finished stage whose parameters, data and upstream stages are unchanged is loaded, not repeated; an interrupted one
-goes on from its last checkpoint.
-"""
-
-from __future__ import annotations
+"""The spine: seven calls, in order, each reading and writing folders of a run. A finished stage whose parameters, data
+and upstream stages are unchanged is loaded, not repeated; an interrupted one goes on from its last checkpoint."""
 
 import functools
+import itertools
 import sys
 import time
 from importlib import resources
 
 import torch
+import transformers
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
@@ -27,31 +24,29 @@ from xdistil.training import Feed, Recipe, fit
 from xdistil.unfreeze import layer_groups, unfreezing_steps, word_embedding
 
 
-def _stage(name: str):
+def _stage(work):
     """Make a stage of its work: check what is before it, begin, work, write metrics and done mark."""
+    name = next(folder for folder, verb in STAGES.items() if verb == work.__name__)
 
-    def wrap(work):
-        @functools.wraps(work)
-        def call(params: Params, run: Run) -> Stage:
-            for earlier in list(STAGES)[: list(STAGES).index(name)]:
-                found, wanted = run.stage(earlier).done, depends(params, run, earlier)
-                if found != wanted:
-                    why = describe_changes(found, wanted) if found else "it has not finished"
-                    raise RuntimeError(f"{name} needs stage {earlier}: {why}; run {STAGES[earlier]} first")
-            stage = run.stage(name)
-            if stage.begin(depends(params, run, name)):
-                save_json(run.dir / "params.json", params.model_dump())
-                start = time.monotonic()
-                set_seed(params.seed)
-                metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
-                seconds = round(time.monotonic() - start, 2)
-                stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": _peak_memory_mb()})
-                stage.say(f"finished in {seconds} s")
-            return stage
+    @functools.wraps(work)
+    def call(params: Params, run: Run) -> Stage:
+        for earlier in itertools.takewhile(lambda other: other != name, STAGES):
+            found, wanted = run.stage(earlier).done, depends(params, run, earlier)
+            if found != wanted:
+                why = describe_changes(found, wanted) if found else "it has not finished"
+                raise RuntimeError(f"{name} needs stage {earlier}: {why}; run {STAGES[earlier]} first")
+        stage = run.stage(name)
+        if stage.begin(depends(params, run, name)):
+            save_json(run.dir / "params.json", params.model_dump())
+            start = time.monotonic()
+            set_seed(params.seed)
+            metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
+            seconds = round(time.monotonic() - start, 2)
+            stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": _peak_memory_mb()})
+            stage.say(f"finished in {seconds} s")
+        return stage
 
-        return call
-
-    return wrap
+    return call
 
 
 def _peak_memory_mb() -> float | None:
@@ -63,9 +58,10 @@ def _peak_memory_mb() -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
 
 
-def _recipe(params: Params, epochs: int, lr: float) -> Recipe:
-    rest = params.pick("patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
-    return Recipe(epochs, lr, **rest)
+def _fit(params: Params, stage: Stage, accelerator, model, terms, feed, judge, epochs, lr, steps, weights=None):
+    same = params.pick("patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
+    return fit(model, terms, feed, judge, Recipe(epochs, lr, **same), steps, accelerator=accelerator, folder=stage.dir,
+               name=stage.name, weights=weights)
 
 
 def _load_teacher(params: Params, run: Run, inputs: Inputs, device="cpu"):
@@ -80,26 +76,23 @@ def _label_terms(model, batch):
     return {"labels": losses.tag_loss(models.run_model(model, batch)[0], batch["labels"])}
 
 
-@_stage("teacher")
+@_stage
 def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     """1. Fine-tune the teacher on labels; or score the one in teacher_model_dir, which stays as it is."""
     checkpoint, folder = params.pt_teacher_checkpoint, teacher_dir(params, run)
     if given_teacher(params, run):
         stage.say(f"fine-tuning skipped: {folder} holds a fine-tuned teacher")
-        inputs = Inputs(params, run)
-        teacher = _load_teacher(params, run, inputs, accelerator.device)
+        teacher = _load_teacher(params, run, inputs := Inputs(params, run), accelerator.device)
         return {"dev": inputs.score(teacher, "dev", accelerator)[0], **models.size_of(teacher)}
     if checkpoint == RANDOM_TEACHER:
         labels = data.read_labels(task_file(params, run, "labels"))
-        sentences = data.read_tagged(task_file(params, run, "train"), labels).words
-        checkpoint = models.random_teacher({w for words in sentences for w in words}, labels, stage.dir / "untrained")
+        words = set().union(*data.read_tagged(task_file(params, run, "train"), labels).words)
+        checkpoint = models.random_teacher(words, labels, stage.dir / "untrained")
     inputs = Inputs(params, run, str(checkpoint))
     teacher = models.load_classifier(checkpoint, inputs.labels, "pt_teacher_checkpoint")
-    summary = fit(
-        teacher, _label_terms, inputs.labelled(params.teacher_batch_size), inputs.dev_f1(accelerator),
-        _recipe(params, params.teacher_epochs or params.ft_epochs, params.teacher_lr),
-        [("all", [name for name, _ in teacher.named_parameters()])],
-        accelerator=accelerator, folder=stage.dir, name=stage.name)
+    feed, judge = inputs.labelled(params.teacher_batch_size), inputs.dev_f1(accelerator)
+    summary = _fit(params, stage, accelerator, teacher, _label_terms, feed, judge, params.teacher_epochs or
+                   params.ft_epochs, params.teacher_lr, [("all", [name for name, _ in teacher.named_parameters()])])
     models.save_model(teacher, inputs.tokenizer, folder)
     save_json(folder / "xdistil.json", {"fine-tuned by": "xdistil", "params": params.model_dump()})
     return {"dev": inputs.score(teacher, "dev", accelerator)[0], **models.size_of(teacher), **summary}
@@ -126,14 +119,13 @@ def check_models(params: Params, run: Run) -> None:
         read_configs(params, run, checkpoint, parameter)
 
 
-@_stage("student-init")
+@_stage
 def build_student(params: Params, run: Run, stage: Stage, _accelerator):
     """2. Build the student on the teacher's vocabulary; compress, map or copy its word embeddings."""
     inputs, (_, config) = Inputs(params, run), read_configs(params, run)
     teacher = _load_teacher(params, run, inputs)
-    student, origin = students.build_student(
-        config, teacher, params.initialisation, params.pt_student_checkpoint, inputs.labels, inputs.tokenizer,
-        params.compress_word_embedding)
+    student, origin = students.build_student(config, teacher, params.initialisation, params.pt_student_checkpoint,
+                                             inputs.labels, inputs.tokenizer, params.compress_word_embedding)
     models.save_model(student, inputs.tokenizer, stage.dir)
     inputs.tokenizer.save_pretrained(run.dir / "tokenizer")
     _, spectrum = embeddings.compress(word_embedding(teacher), 1)
@@ -154,20 +146,18 @@ def _frozen_words(params: Params, student) -> frozenset[str]:
 
 def _transfer(params: Params, run: Run, inputs: Inputs, teacher, spec: TargetSpec, accelerator):
     """The store of teacher outputs, a feed over the chunks, and a function to the held-out batches."""
-    _, examples = inputs.read("transfer")
+    (_, examples), size = inputs.read("transfer"), params.student_distil_batch_size
     cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
-    held_out, chunks = data.split_transfer(len(examples), **cut)
+    held_out, chunks = data.split_transfer(len(examples), *cut.values())
     key = fingerprint([run.stage("teacher").fingerprint, depends(params, run, "logits")["transfer file"], cut,
                        params.pick("opt_policy", "seq_len", "transfer_limit")])
-    size = params.student_distil_batch_size
     store = TargetStore(teacher, spec, examples, inputs.pad_id, accelerator, size, params.targets_cache_gb * 1e9,
                         run.dir / "targets" / key)
 
     def batches(pass_number: int, chunk: int):
         return store.batches(f"chunk-{chunk}", chunks[chunk], size, params.seed + 7919 * pass_number + 104729 * chunk)
 
-    feed = Feed(batches, sum(map(len, chunks)), len(chunks))
-    return store, feed, lambda: store.batches("held-out", held_out, size)
+    return store, Feed(batches, sum(map(len, chunks)), len(chunks)), lambda: store.batches("held-out", held_out, size)
 
 
 def _held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
@@ -189,7 +179,7 @@ def _held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
     return judge
 
 
-@_stage("hidden")
+@_stage
 def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     """3. Stage 1: hidden states and attention on the transfer set; then fold the head."""
     inputs, device = Inputs(params, run), accelerator.device
@@ -205,17 +195,13 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     terms = students.distil_terms(hidden, maps, params.hidden_loss, params.attention_loss)
     weights = {"hidden": params.hidden_weight, "attention": params.attention_weight}
     fixed = {f"student.{n}" for n in (*dict(layer_groups(student))["head"], *_frozen_words(params, student))}
-    measure = functools.partial(
-        alignment.measure_alignment, teacher, student, projections, inputs.read("dev")[1], inputs.pad_id, device,
-        hidden_pairs=hidden, attention_pairs=maps)
-    before = measure()
-    summary = fit(
-        both, terms, feed, _held_out_loss(terms, held_out, weights, accelerator),
-        _recipe(params, params.distil_epochs, params.distil_lr),
-        [("all", [name for name, _ in both.named_parameters() if name not in fixed])],
-        accelerator=accelerator, folder=stage.dir, name=stage.name, weights=weights)
-    top = str(hidden[-1][0])
-    students.fold_head(student, teacher, projections[top] if top in projections else None)
+    measure = functools.partial(alignment.measure_alignment, teacher, student, projections, inputs.read("dev")[1],
+                                inputs.pad_id, device, hidden_pairs=hidden, attention_pairs=maps)
+    before, judge = measure(), _held_out_loss(terms, held_out, weights, accelerator)
+    learning = [name for name, _ in both.named_parameters() if name not in fixed]
+    summary = _fit(params, stage, accelerator, both, terms, feed, judge, params.distil_epochs, params.distil_lr,
+                   [("all", learning)], weights)
+    students.fold_head(student, teacher, dict(projections.items()).get(str(hidden[-1][0])))
     models.save_model(student, inputs.tokenizer, stage.dir)
     tensors = {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}
     save_atomic(stage.dir / "projections.safetensors", lambda path: save_file(tensors, path))
@@ -224,11 +210,10 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
             "alignment_after": measure()}
 
 
-@_stage("logits")
+@_stage
 def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     """4. Stage 2: the teacher's logits on the transfer set, with gradual unfreezing."""
-    inputs = Inputs(params, run)
-    teacher = _load_teacher(params, run, inputs, accelerator.device)
+    teacher = _load_teacher(params, run, inputs := Inputs(params, run), accelerator.device)
     _, feed, held_out = _transfer(params, run, inputs, teacher, TargetSpec(), accelerator)
     loss = {"mse": losses.logit_mse, "kl": functools.partial(losses.logit_kl, temperature=params.temperature)}
 
@@ -237,31 +222,30 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
         return {"logits": loss[params.logit_loss](logits, batch["teacher_logits"], batch["attention_mask"])}
 
     judge = _held_out_loss(terms, held_out, {}, accelerator)
-    recipe = _recipe(params, params.distil_epochs, params.logit_lr)
-    return _train_downwards(params, run, stage, accelerator, inputs, "hidden", terms, feed, judge, recipe)
+    return _train_downwards(params, run, stage, accelerator, inputs, "hidden", terms, feed, judge,
+                            params.distil_epochs, params.logit_lr)
 
 
-@_stage("labels")
+@_stage
 def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     """5. Stage 3: cross-entropy on labels, with gradual unfreezing; dev F1 selects."""
     inputs = Inputs(params, run)
     feed, judge = inputs.labelled(params.student_ft_batch_size), inputs.dev_f1(accelerator)
-    recipe = _recipe(params, params.ft_epochs, params.ft_lr)
-    return _train_downwards(params, run, stage, accelerator, inputs, "logits", _label_terms, feed, judge, recipe)
+    return _train_downwards(params, run, stage, accelerator, inputs, "logits", _label_terms, feed, judge,
+                            params.ft_epochs, params.ft_lr)
 
 
-def _train_downwards(params, run, stage, accelerator, inputs, source: str, terms, feed, judge, recipe):
+def _train_downwards(params, run, stage, accelerator, inputs, source: str, terms, feed, judge, epochs, lr):
     """What stages 2 and 3 share: load, unfreeze from top to bottom while training, save, score on dev."""
     student = _load_student(run, source, inputs, accelerator.device)
     models.set_dropout(student, hidden=params.dropout, attention=params.dropout)
     steps = unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))
-    summary = fit(student, terms, feed, judge, recipe, steps, accelerator=accelerator, folder=stage.dir,
-                  name=stage.name)
+    summary = _fit(params, stage, accelerator, student, terms, feed, judge, epochs, lr, steps)
     models.save_model(student, inputs.tokenizer, stage.dir)
     return {"dev": inputs.score(student, "dev", accelerator)[0], **summary}
 
 
-@_stage("evaluation")
+@_stage
 def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     """6. Teacher and student on dev and, for the first and only time, on test; size, speed, likeness."""
     inputs, device = Inputs(params, run), accelerator.device
@@ -276,21 +260,18 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
                          **evaluate.measure_speed(model, test, inputs.pad_id, accelerator)}
     data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes second
     metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])
-    metrics["cka"] = alignment.measure_alignment(
-        *pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, device)["cka"]
-    return metrics
+    likeness = alignment.measure_alignment(*pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, device)
+    return metrics | {"cka": likeness["cka"]}
 
 
-@_stage("student")
+@_stage
 def export_student(params: Params, run: Run, stage: Stage, accelerator):
     """7. The student as a plain Hugging Face folder with a model card, loaded again and compared."""
-    from transformers import AutoModelForTokenClassification
-
     inputs, metrics = Inputs(params, run), run.stage("evaluation").metrics
     student = _load_student(run, "labels", inputs)
     inputs.tokenizer.model_max_length = params.seq_len  # positions past it were never trained
     models.save_model(student, inputs.tokenizer, stage.dir)
-    again = AutoModelForTokenClassification.from_pretrained(stage.dir)
+    again = transformers.AutoModelForTokenClassification.from_pretrained(stage.dir)
     tags = [inputs.score(model.to(accelerator.device), "dev", accelerator)[1] for model in (student, again)]
     if tags[0] != tags[1]:
         raise RuntimeError(f"{stage.dir} does not reproduce the student's predictions on dev")

@@ -1,11 +1,8 @@
-"""How a student is made: sizes, where its weights come from, projections, and the folded head.
-
-Projections live beside the student, never in it: what is saved is a plain Hugging Face model.
-"""
-
-from __future__ import annotations
+"""How a student is made: sizes, where its weights come from, projections, and the folded head. Projections live beside
+the student, never in it: what is saved is a plain Hugging Face model."""
 
 import torch
+import transformers
 from torch import nn
 
 from xdistil import embeddings, losses
@@ -16,46 +13,37 @@ from xdistil.unfreeze import encoder_layers, word_embedding
 def student_config(teacher_config, init: str, checkpoint: str | None, **sizes):
     """The student's config. `init` is checkpoint, scratch or teacher_layers; `sizes` are hidden_size,
     num_hidden_layers, num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
-    from transformers import BertConfig
-
     if init == "checkpoint":
         return load_config(checkpoint, "pt_student_checkpoint")
     if init == "teacher_layers":
         return type(teacher_config).from_dict(
             teacher_config.to_dict() | {"num_hidden_layers": sizes["num_hidden_layers"]})
-    return BertConfig(**sizes | {"intermediate_size": sizes["intermediate_size"] or 4 * sizes["hidden_size"]})
+    sizes["intermediate_size"] = sizes["intermediate_size"] or 4 * sizes["hidden_size"]
+    return transformers.BertConfig(**sizes)
 
 
 def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attention: bool) -> None:
-    """Stop before any weights are read when a teacher's and a student's config cannot work together.
-
-    Raises CheckpointError naming the parameter and the remedies.
-    """
+    """Raise CheckpointError naming parameter and remedies if teacher and student config cannot work together."""
     room_t, room_s = (getattr(config, "max_position_embeddings", None) or seq_len for config in (t, s))
     for wrong, message in (
-        (s.num_hidden_layers > t.num_hidden_layers,
-         f"num_hidden_layers: the student has {s.num_hidden_layers}, the teacher {t.num_hidden_layers}; choose at "
-         f"most {t.num_hidden_layers}"),
+        (s.num_hidden_layers > t.num_hidden_layers, f"num_hidden_layers: the student has {s.num_hidden_layers}, the "
+         f"teacher {t.num_hidden_layers}; choose at most {t.num_hidden_layers}"),
         (distil_attention and s.num_attention_heads != t.num_attention_heads,
          f"distil_attention: the teacher has {t.num_attention_heads} heads, the student {s.num_attention_heads}; set "
          f"num_attention_heads: {t.num_attention_heads} (or a student checkpoint with as many), or "
          "distil_attention: false"),
-        (compress and init == "scratch" and s.hidden_size > t.hidden_size,
-         f"hidden_size: {s.hidden_size}, but the word embeddings to be compressed have width {t.hidden_size}; choose "
-         f"at most {t.hidden_size}"),
-        (seq_len > min(room_t, room_s),
-         f"seq_len: {seq_len}, but the teacher has {room_t} positions and the student {room_s}; choose at most "
-         f"{min(room_t, room_s)}"),
+        (compress and init == "scratch" and s.hidden_size > t.hidden_size, f"hidden_size: {s.hidden_size}, but the "
+         f"word embeddings to be compressed have width {t.hidden_size}; choose at most {t.hidden_size}"),
+        (seq_len > min(room_t, room_s), f"seq_len: {seq_len}, but the teacher has {room_t} positions and the student "
+         f"{room_s}; choose at most {min(room_t, room_s)}"),
     ):
         if wrong:
             raise CheckpointError(message)
 
 
 def spread(n_student: int, n_teacher: int, layer_map: str) -> list[tuple[int, int]]:
-    """Pairs (student, teacher) of hidden-state indices 0..L, 0 = embeddings, ascending.
-
-    "top" pairs student hidden[-i] with teacher hidden[-i] (2106.04563); "uniform" pairs by depth.
-    """
+    """Pairs (student, teacher) of hidden-state indices 0..L, 0 = embeddings, ascending: "uniform" pairs by depth,
+    "top" pairs student hidden[-i] with teacher hidden[-i] (2106.04563)."""
     if layer_map == "top":
         return [(s, s + n_teacher - n_student) for s in range(n_student + 1)]
     return [(s, round(s * n_teacher / n_student)) for s in range(n_student + 1)]
@@ -64,10 +52,8 @@ def spread(n_student: int, n_teacher: int, layer_map: str) -> list[tuple[int, in
 @torch.no_grad()
 def build_student(config, teacher, init: str, checkpoint: str | None, labels: list[str], tokenizer,
                   compress: bool) -> tuple[nn.Module, str]:
-    """The student on the teacher's vocabulary, and where its word embeddings come from.
-
-    Raises CheckpointError if a checkpoint's vocabulary is not the teacher's and `compress` is off.
-    """
+    """The student on the teacher's vocabulary, and where its word embeddings come from. Raises CheckpointError if a
+    checkpoint's vocabulary is not the teacher's and `compress` is off."""
     words, origin = word_embedding(teacher), "random"
     if init == "checkpoint":
         student = load_classifier(checkpoint, labels, "pt_student_checkpoint")
@@ -124,22 +110,16 @@ def head_of(model) -> nn.Linear:
 
 @torch.no_grad()
 def fold_head(student, teacher, projection: nn.Linear | None) -> None:
-    """Give the student the teacher's classifier composed with the projection of the top layer.
-
-    W = W_t P, b = W_t b_P + b_t: logits of the student's own states equal the teacher's classifier on projected
-    states, and what is deployed is a standard model.
-    """
+    """Give the student the teacher's classifier composed with the projection of the top layer: W = W_t P and
+    b = W_t b_P + b_t. Its logits are the teacher's on projected states, and what is deployed is a standard model."""
     goal, head = head_of(student), head_of(teacher)
     goal.weight.copy_(head.weight @ projection.weight if projection else head.weight)
     goal.bias.copy_(head.weight @ projection.bias + head.bias if projection else head.bias)
 
 
 def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss: str):
-    """The loss terms of stage 1 (2106.04563) as a function of (modules, batch).
-
-    modules hold `student` and `projections`; the batch holds `teacher_hidden` [B, S, P, H_t] and
-    `teacher_attention` [B, P, A, S, S] for the pairs (student, teacher), in their order.
-    """
+    """The loss terms of stage 1 (2106.04563) as a function of (modules, batch): `student` and `projections`, and
+    `teacher_hidden` [B, S, P, H_t] and `teacher_attention` [B, P, A, S, S], by pairs (student, teacher) in order."""
     hidden_fn = {"mse": losses.hidden_mse, "cosine": losses.hidden_cosine}[hidden_loss]
     map_fn = {"mse": losses.attention_mse, "kl": losses.attention_kl}[attention_loss]
 

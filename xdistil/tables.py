@@ -1,7 +1,5 @@
 """Rows that read well in a terminal and in a notebook."""
 
-from __future__ import annotations
-
 from html import escape
 
 
@@ -26,15 +24,13 @@ class Table:
         return [[format_cell(row.get(column)) for column in self.columns] for row in self.rows]
 
     def __repr__(self) -> str:
-        lines = [self.columns, *self.cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths])
-        text = ["  ".join(cell.rjust(w) if i else cell.ljust(w)
-                          for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
-        return "\n".join([self.title] * bool(self.title) + [line.rstrip() for line in text])
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.cells(), strict=True)]
+        form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
+        lines = [self.columns, ["-" * width for width in widths], *self.cells()]
+        return "\n".join([self.title] * bool(self.title) + [form.format(*line).rstrip() for line in lines])
 
     def _repr_html_(self) -> str:
-        rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self.cells()]
         head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
-        return (f"<table><caption>{escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>"
-                + "".join(f"<tr>{row}</tr>" for row in rows) + "</tbody></table>")
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.cells())
+        title = f"<caption>{escape(self.title)}</caption>"
+        return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

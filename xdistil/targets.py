@@ -1,10 +1,6 @@
-"""What the teacher says of a chunk: computed once, kept without padding, read back per batch.
-
-Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `attention` (each window's P x A x S x S maps, end to end),
-both in float16, and `logits` [T, C] in float32.
-"""
-
-from __future__ import annotations
+"""What the teacher says of a chunk: computed once, kept without padding, read back per batch. Kinds: `hidden`
+[T, P, H_t] for T tokens and P layers, `attention` (each window's P x A x S x S maps, end to end), both in float16, and
+`logits` [T, C] in float32."""
 
 import os
 from collections.abc import Iterator
@@ -13,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 
 from xdistil.data import Examples, batches, collate
 from xdistil.models import run_model
@@ -45,15 +42,10 @@ class Targets:
     """The teacher's outputs for windows of known lengths: flat arrays by kind, read back padded."""
 
     def __init__(self, lengths: np.ndarray, arrays: dict[str, np.ndarray]):
-        self.lengths, self.arrays = lengths, arrays
-        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self.squares = np.concatenate([[0], np.cumsum(lengths.astype(np.int64) ** 2)])
-
-    def _span(self, kind: str, row: int) -> slice:
-        if kind != "attention":
-            return slice(self.starts[row], self.starts[row + 1])
-        maps = len(self.arrays[kind]) // max(1, int(self.squares[-1]))
-        return slice(self.squares[row] * maps, self.squares[row + 1] * maps)
+        squares = lengths.astype(np.int64) ** 2
+        self.lengths, self.n_maps = lengths, len(arrays.get("attention", ())) // max(1, int(squares.sum()))
+        sizes = {kind: squares * self.n_maps if kind == "attention" else lengths for kind in arrays}
+        self.parts = {kind: np.split(flat, np.cumsum(sizes[kind])[:-1]) for kind, flat in arrays.items()}  # views
 
     def put(self, rows: np.ndarray, outputs: dict[str, torch.Tensor]) -> None:
         """Store the padded outputs ([B, S, ...], attention [B, P, A, S, S]) without their padding."""
@@ -62,31 +54,25 @@ class Targets:
             values = (tensor.float().clamp(-HALF_MAX, HALF_MAX).half() if half else tensor.float()).cpu().numpy()
             for value, row in zip(values, rows, strict=True):
                 n = int(self.lengths[row])
-                part = value[:, :, :n, :n].ravel() if kind == "attention" else value[:n]
-                self.arrays[kind][self._span(kind, row)] = part
+                self.parts[kind][row][:] = value[:, :, :n, :n].ravel() if kind == "attention" else value[:n]
 
     def padded(self, rows: np.ndarray, width: int, n_heads: int) -> dict[str, torch.Tensor]:
         """The outputs of some windows as `teacher_<kind>` tensors, zero on padding up to `width`."""
         batch = {}
-        for kind, flat in self.arrays.items():
-            maps = len(flat) // max(1, int(self.squares[-1])) // n_heads
-            shape = (maps, n_heads, width, width) if kind == "attention" else (width, *flat.shape[1:])
-            out = np.zeros((len(rows), *shape), flat.dtype)
+        for kind, parts in self.parts.items():
+            maps = (self.n_maps // n_heads, n_heads, width, width)
+            out = np.zeros((len(rows), *(maps if kind == "attention" else (width, *parts[0].shape[1:]))), DTYPES[kind])
             for padded, row in zip(out, rows, strict=True):
-                part, n = flat[self._span(kind, row)], int(self.lengths[row])
-                if kind == "attention":
-                    padded[:, :, :n, :n] = part.reshape(maps, n_heads, n, n)
-                else:
-                    padded[:n] = part
+                n = int(self.lengths[row])
+                real = padded[:, :, :n, :n] if kind == "attention" else padded[:n]
+                real[...] = parts[row].reshape(real.shape)
             batch[f"teacher_{kind}"] = torch.from_numpy(out)
         return batch
 
 
 class TargetStore:
-    """Teacher outputs of named chunks: on disk within a byte budget, past it computed for each batch.
-
-    Args: folder for the files (one .npy per kind and chunk, renamed when whole); budget_bytes: most that is kept.
-    """
+    """Teacher outputs of named chunks: within `budget_bytes` on disk in `folder` (one .npy per kind and chunk, renamed
+    when whole), past it computed for each batch."""
 
     def __init__(self, teacher, spec: TargetSpec, examples: Examples, pad_id: int, accelerator, batch_size: int,
                  budget_bytes: float, folder: Path):
@@ -124,13 +110,12 @@ class TargetStore:
             paths = {kind: self.folder / f"{kind}-{name}.npy" for kind in shapes}
             if not all(path.is_file() for path in paths.values()):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                partial = {kind: path.with_suffix(".partial") for kind, path in paths.items()}
-                arrays = {kind: np.lib.format.open_memmap(partial[kind], "w+", DTYPES[kind], shape)
-                          for kind, shape in shapes.items()}
+                arrays = {kind: open_memmap(path.with_suffix(".partial"), "w+", DTYPES[kind], shapes[kind])
+                          for kind, path in paths.items()}
                 self.compute(windows, arrays)
                 for kind, array in arrays.items():
                     array.flush()
-                    os.replace(partial[kind], paths[kind])
+                    os.replace(array.filename, paths[kind])
             self.kept[name] = Targets(lengths, {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()})
         return self.kept[name]
 

@@ -1,7 +1,5 @@
 """The loop: one `fit` for every stage. It knows no NER, no teacher and no Params."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -14,8 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm.auto import tqdm
 
-from xdistil.files import read_jsonl, save_atomic
+from xdistil.files import read_jsonl, save_atomic, save_text
 from xdistil.unfreeze import freeze_to, learning_mode
 
 RECORD_EVERY = 20  # optimizer updates between two training records of history.jsonl
@@ -98,8 +97,8 @@ def save_checkpoint(path: Path, at: Position, weights: dict, best: dict, optimiz
     """One safetensors file: weights, best weights, optimizer moments, random state, position."""
     tensors = {f"weights/{n}": t.detach() for n, t in weights.items()}
     tensors |= {f"best/{n}": t for n, t in best.items()} | {"random/cpu": torch.get_rng_state()}
-    for i, p in enumerate(_learning(optimizer) if optimizer else ()):
-        tensors |= {f"optimizer/{i}/{k}": v for k, v in optimizer.state[p].items()}
+    for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
+        tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items()}
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -115,25 +114,6 @@ def load_checkpoint(path: Path) -> tuple[Position, dict[str, torch.Tensor]]:
         return position, {name: file.get_tensor(name) for name in list(file.keys())}
 
 
-def _learning(optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _restore(optimizer, tensors: dict) -> None:
-    for i, parameter in enumerate(_learning(optimizer)):
-        if state := part(tensors, f"optimizer/{i}/"):
-            optimizer.state[parameter] = {name: value.to(parameter.device) for name, value in state.items()}
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-
-
-def _set_weights(weights: dict[str, nn.Parameter], tensors: dict) -> None:
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            weights[name].copy_(tensor)
-
-
 def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Tensor]], feed: Feed,
         evaluate: Callable[[nn.Module], dict], recipe: Recipe, steps: list[tuple[str, list[str]]], *,
         accelerator, folder: Path, name: str = "training", weights: dict[str, float] | None = None) -> dict:
@@ -147,27 +127,23 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         folder: gets history.jsonl and checkpoint.safetensors; an interrupted call goes on from there and ends with
             the numbers of an uninterrupted one (CPU, float32).
         weights: the weight of the terms whose name starts with the key; 1 for all others.
-
     Returns: metric, score, updates, epochs, seconds, windows_per_second.
     Raises FloatingPointError when the loss stops being finite; the last checkpoint stays.
     """
-    from tqdm.auto import tqdm
-
     path, started = folder / "checkpoint.safetensors", time.monotonic()
     objective = accelerator.prepare(Objective(model, terms))
     (at, tensors), current = load_checkpoint(path), dict(model.named_parameters())
     records, before = read_jsonl(folder / "history.jsonl")[: at.records], at.seconds
     ever = {n: current[n] for _, members in steps for n in members}
-    _set_weights(current, part(tensors, "weights/"))
+    model.load_state_dict(part(tensors, "weights/"), strict=False)
     if tensors:
         print(f"[{name}] resumes at step {at.step + 1}/{len(steps)}, epoch {at.epoch + 1}, chunk "
               f"{at.chunk + 1}/{feed.n_chunks}", flush=True)
-    headless, last_line, sums, n_summed = bool(os.environ.get("XDISTIL_HEADLESS")), started, {}, 0
+    headless, last_line, recent = bool(os.environ.get("XDISTIL_HEADLESS")), started, []
 
     def save(best, optimizer=None):
         at.records, at.seconds = len(records), before + time.monotonic() - started
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        save_atomic(folder / "history.jsonl", lambda p: p.write_text(text, encoding="utf-8"))
+        save_text(folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         save_checkpoint(path, at, ever, best, optimizer)
 
     def judge(epoch: int) -> bool:
@@ -178,16 +154,14 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         records.append({"kind": "eval", **where, "epoch": epoch, "update": at.updates, "best": ahead, **result})
         return ahead
 
-    def record():  # sums stay on the device until here, so that no step waits for it
-        nonlocal n_summed
-        means = {key: float(value) / n_summed for key, value in sums.items()}
+    def record():  # losses stay on the device until here, so that no step waits for it
+        means = {key: float(sum(losses[key] for losses in recent)) / len(recent) for key in recent[0]}
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(f"the loss is {means['loss']} after {at.updates} updates; lower this stage's "
                                      "learning rate or set opt_policy: float32")
         records.append({"kind": "train", **where, "epoch": at.epoch + 1, "update": at.updates,
                         "lr": optimizer.param_groups[0]["lr"], **means})
-        sums.clear()
-        n_summed = 0
+        recent.clear()
 
     for step in range(at.step, len(steps)):
         where = {"step": step + 1, "step_name": steps[step][0]}
@@ -195,7 +169,11 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         members = {n: current[n] for n in steps[step][1]}
         optimizer = accelerator.prepare(make_optimizer(model, recipe.lr, recipe.weight_decay))
         if tensors:
-            _restore(optimizer, tensors)
+            moments = {i: part(tensors, f"optimizer/{i}/") for i in range(len(members))}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            torch.set_rng_state(tensors["random/cpu"])
+            if "random/cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random/cuda"])
         best = part(tensors, "best/") or {n: p.detach().cpu().clone() for n, p in members.items()}
         tensors = {}
         if at.best is None:
@@ -218,18 +196,16 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
                     accelerator.clip_grad_norm_(members.values(), recipe.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                    for key, value in {"loss": loss, **found}.items():
-                        sums[key] = sums.get(key, 0.0) + value.detach()
-                    n_summed += 1
+                    recent.append({key: value.detach() for key, value in {"loss": loss, **found}.items()})
                     bar.update(size)
-                    if n_summed == RECORD_EVERY:
+                    if len(recent) == RECORD_EVERY:
                         record()
                         bar.set_postfix(loss=f"{records[-1]['loss']:.4g}", refresh=False)
                         if headless and time.monotonic() - last_line > LINE_EVERY:
                             last_line = time.monotonic()
                             print(f"[{name}] {where['step_name']}: {done:.0%} of {recipe.epochs} epochs, "
                                   f"loss {records[-1]['loss']:.4g}", flush=True)
-                if n_summed:
+                if recent:
                     record()
                 at.chunk = chunk + 1
                 if at.chunk < feed.n_chunks:
@@ -243,7 +219,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
                   f"{records[-1]['score']:.4f}{' (best)' if ahead else ''}", flush=True)
             save(best, optimizer)
         bar.close()
-        _set_weights(current, best)
+        model.load_state_dict(best, strict=False)
         at.step, at.epoch, at.bad_epochs = step + 1, 0, 0
         save({})
     model.eval()

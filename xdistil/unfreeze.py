@@ -1,7 +1,5 @@
 """Who may learn: parameters in groups from top to bottom, and gradual unfreezing (2004.05686)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 
@@ -31,11 +29,9 @@ def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
 
 
 def unfreezing_steps(groups, grain: str, frozen: frozenset[str] = frozenset()) -> list[tuple[str, list[str]]]:
-    """Steps of (name, names of the parameters that learn); each holds all of the step before it.
-
-    Args: groups from `layer_groups`; grain: "module" (head, then everything), "layer" (head, then one group more
-        at a time) or "none" (everything at once); frozen: parameter names that never learn.
-    """
+    """Steps of (name, names of the parameters that learn), each with all of the step before it, from the groups of
+    `layer_groups`. Grain: "module" (head, then everything), "layer" (head, then one group more at a time) or "none"
+    (everything at once). `frozen` parameters never learn."""
     steps, names = [], []
     for group, members in groups:
         names = names + [n for n in members if n not in frozen]

@@ -1,7 +1,5 @@
 """What notebooks and the command line show of a run: tables, and one sentence looked at closely."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 
@@ -28,29 +26,20 @@ def _unstarted(params: Params, run: Run) -> Inputs:
 
 def describe(params: Params, run: Run) -> list[Table]:
     """Tables of the task: counts and lengths per file, words per label, sentences found in two files."""
-    inputs, files, texts = _unstarted(params, run), [], {}
-    tags = {label: {"label": label} for label in inputs.labels}
+    inputs, files, texts, tags = _unstarted(params, run), [], {}, {}
     for name in ("train", "dev", "test", "transfer"):
         sentences, examples = inputs.read(name)
-        texts[name] = {" ".join(words) for words in sentences.words}
-        lengths = map(int, np.quantile(examples.lengths, (0.5, 0.95, 1.0)))
+        texts[name], tags[name] = set(map(" ".join, sentences.words)), [tag for line in sentences.tags for tag in line]
+        median, most, longest = map(int, np.quantile(examples.lengths, (0.5, 0.95, 1.0)))
         files.append({"file": name, "sentences": len(sentences), "words": sum(map(len, sentences.words)),
                       "languages": len(set(sentences.languages) - {""}), "windows": len(examples),
-                      **dict(zip(("sub-words: median", "95 %", "longest"), lengths, strict=True))})
-        for label in inputs.labels if sentences.tags else ():
-            tags[label][name] = sum(sentence.count(label) for sentence in sentences.tags)
+                      "sub-words: median": median, "95 %": most, "longest": longest})
+    counts = [{"label": label, **{name: tags[name].count(label) for name in tags if tags[name]}}
+              for label in inputs.labels]
     overlap = [{"in both": f"{a} and {b}", "sentences": len(texts[a] & texts[b])}
                for a in ("transfer", "train") for b in ("dev", "test")]
-    return [Table(files, f"{params.task}, seq_len {params.seq_len}"), Table(list(tags.values()), "words per label"),
+    return [Table(files, f"{params.task}, seq_len {params.seq_len}"), Table(counts, "words per label"),
             Table(overlap, "sentences in two files")]
-
-
-def sentence_lengths(params: Params, run: Run) -> dict[str, list[int]]:
-    """Sub-words of each whole sentence of train, dev and transfer."""
-    inputs = Inputs(params, run)
-    return {name: [sum(map(len, pieces)) for pieces in
-                   data.word_pieces(inputs.tokenizer, inputs.read(name)[0].words)]
-            for name in ("train", "dev", "transfer")}
 
 
 def needs(params: Params, run: Run) -> Table:
@@ -65,27 +54,25 @@ def needs(params: Params, run: Run) -> Table:
     with torch.device("meta"):
         weights = [models.size_of(models.from_config(c))["parameters"] * 4 / 1e9 for c in (teacher, student)]
     outputs = spec.n_bytes(inputs.read("transfer")[1].lengths, teacher) / 1e9
-    return Table([{"what": "memory: teacher weights", "GB": weights[0]},
-                  {"what": "memory: fine-tuning the teacher, without activations", "GB": 4 * weights[0]},
-                  {"what": "memory: training the student, without activations", "GB": 4 * weights[1]},
-                  {"what": "disk: teacher outputs, all", "GB": outputs},
-                  {"what": "disk: teacher outputs kept (targets_cache_gb)",
-                   "GB": min(outputs, params.targets_cache_gb)}], "needs, estimated")
+    rows = {"memory: teacher weights": weights[0],
+            "memory: fine-tuning the teacher, without activations": 4 * weights[0],
+            "memory: training the student, without activations": 4 * weights[1], "disk: teacher outputs, all": outputs,
+            "disk: teacher outputs kept (targets_cache_gb)": min(outputs, params.targets_cache_gb)}
+    return Table([{"what": what, "GB": size} for what, size in rows.items()], "needs, estimated")
 
 
 def scores(stage: Stage) -> Table:
     """F1 of a stage on dev, per language and in the mean."""
     found = stage.metrics["dev"]
-    rows = [{"dev": language, "F1": f1} for language, f1 in found["by_language"].items()]
-    return Table(rows + [{"dev": f"{mean} mean", "F1": found[mean]} for mean in ("macro", "micro")])
+    rows = {**found["by_language"], "macro mean": found["macro"], "micro mean": found["micro"]}
+    return Table([{"dev": name, "F1": f1} for name, f1 in rows.items()])
 
 
 def sizes(run: Run) -> Table:
     """Parameters of teacher and student, with and without embedding tables."""
     found = run.stage("student-init").metrics
-    pair = {"teacher": found["teacher"], "student": found}
     return Table([{"model": name, "parameters": m["parameters"], "without embeddings": m["non_embedding"]}
-                  for name, m in pair.items()])
+                  for name, m in (("teacher", found["teacher"]), ("student", found))])
 
 
 def dev_by_stage(run: Run) -> tuple[dict[str, float], float]:
@@ -103,25 +90,20 @@ def size_and_speed(run: Run) -> list[dict]:
 def results(run: Run) -> Table:
     """Teacher beside student: F1 on test per language and in the mean, size and speed."""
     metrics = run.stage("evaluation").metrics
-    test = {name: metrics[name]["test"] for name in ("teacher", "student")}
-    kept = metrics["retention"]
-    rows = [{"": f"F1 {language}", **{name: scores["by_language"][language] for name, scores in test.items()},
-             "kept": share} for language, share in kept["by_language"].items()]
-    rows += [{"": f"{mean} F1", **{name: scores[mean] for name, scores in test.items()}, "kept": kept[mean]}
-             for mean in ("macro", "micro")]
-    rows += [{"": title, **{name: metrics[name][key] for name in test},
-              "kept": metrics["student"][key] / metrics["teacher"][key]} for title, key in (
+    teacher, student, kept = metrics["teacher"], metrics["student"], metrics["retention"]
+    f1, goal = student["test"], teacher["test"]
+    rows = [(f"F1 {language}", goal["by_language"][language], f1["by_language"][language], share)
+            for language, share in kept["by_language"].items()]
+    rows += [(f"{mean} F1", goal[mean], f1[mean], kept[mean]) for mean in ("macro", "micro")]
+    rows += [(title, teacher[key], student[key], student[key] / teacher[key]) for title, key in (
         ("parameters", "parameters"), ("without embeddings", "non_embedding"), ("MB on disk", "mb"),
         ("ms/sentence, batch 1", "ms_per_sentence"), ("sentences/s, batch 32", "sentences_per_second"))]
-    return Table(rows)
+    return Table([dict(zip(("", "teacher", "student", "kept"), row, strict=True)) for row in rows])
 
 
 def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
-    """Attention maps of one sentence in the top layers of the teacher and of a stage's student.
-
-    Args: text: words separated by spaces; default: a dev sentence with entities.
-    Returns: tokens [S], teacher [A_t, S, S], student [A_s, S, S].
-    """
+    """Attention in the top layers of the teacher and of a stage's student: tokens [S], teacher [A_t, S, S], student
+    [A_s, S, S]. `text`: one sentence, words separated by spaces; default: a dev sentence with entities."""
     inputs, accelerator = Inputs(params, run), open_accelerator(params.device, "float32", quiet=True)
     words = text.split() if text else data.typical_sentence(inputs.read("dev")[0])
     examples = data.encode(data.Sentences.plain([words]), inputs.tokenizer, params.seq_len)

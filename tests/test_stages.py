@@ -1,0 +1,414 @@
+"""The seven stages on the smoke task: what they leave behind, repeat, refuse, resume and never touch."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from seqeval.metrics.v1 import precision_recall_fscore_support
+from seqeval.scheme import IOB2
+
+from xdistil import stages
+from xdistil.models import CheckpointError
+from xdistil.params import load_params
+from xdistil.runs import STAGES, Run
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "tests" / "data" / "toy"
+TRAINED = ("teacher", "hidden", "logits", "labels")
+WITH_WEIGHTS = ("teacher", "student-init", "hidden", "logits", "labels", "student")
+
+
+def smoke_params(model_dir, **overrides):
+    """The parameters of params/smoke.yaml for a run in `model_dir`, on one kind of hardware."""
+    return load_params(str(ROOT / "params/smoke.yaml"), {
+        "model_dir": str(model_dir), "device": "cpu", "opt_policy": "float32", **overrides})
+
+
+def run_stages(params, first="teacher", last="student"):
+    """Call the stages from `first` to `last`; returns the run."""
+    run, names = Run(params), list(STAGES)
+    for name in names[names.index(first) : names.index(last) + 1]:
+        getattr(stages, STAGES[name])(params, run)
+    return run
+
+
+def finished_smoke_run(tmp_path_factory) -> Path:
+    """The folder of a finished smoke run, made once per session, for all test files. Only to be read."""
+    folder = tmp_path_factory.getbasetemp() / "smoke"
+    if not (folder / "student" / "done.json").is_file():
+        run_stages(smoke_params(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    return finished_smoke_run(tmp_path_factory)
+
+
+@pytest.fixture
+def copied(smoke, tmp_path):
+    """Copies the finished run up to and with stage `last`; returns the folder."""
+
+    def copy(last="student", name="run"):
+        target = tmp_path / name
+        shutil.copytree(smoke, target)
+        for later in list(STAGES)[list(STAGES).index(last) + 1 :]:
+            shutil.rmtree(target / later)
+        if last in ("teacher", "student-init"):
+            shutil.rmtree(target / "targets")
+        return target
+
+    return copy
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def hashes(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in folder.rglob("*") if p.is_file()}
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def read_rows(path):
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def test_the_folders_and_files_of_a_run(smoke):
+    for name in WITH_WEIGHTS:
+        for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+            assert (smoke / name / file).is_file(), (name, file)
+    for name in TRAINED:
+        assert (smoke / name / "history.jsonl").is_file()
+    for name in STAGES:
+        assert (smoke / name / "done.json").is_file()
+        metrics = json.loads((smoke / name / "metrics.json").read_text())
+        assert metrics["stage_seconds"] > 0 and metrics["peak_memory_mb"] > 50
+    for file in ("tokenizer/tokenizer.json", "hidden/projections.safetensors", "evaluation/predictions.tsv",
+                 "student/README.md"):
+        assert (smoke / file).is_file(), file
+    asked = json.loads((smoke / "params.json").read_text())
+    assert asked == smoke_params(smoke).model_dump()
+    left = [p for p in smoke.rglob("*") if p.name.startswith(".") or "checkpoint" in p.name or "partial" in p.name]
+    assert left == []
+
+
+@pytest.mark.parametrize("name", ["hidden", "logits"])
+def test_distillation_lowers_its_own_held_out_loss(smoke, name):
+    stage = Run(smoke_params(smoke)).stage(name)
+    scores = [r["score"] for r in stage.history if r["kind"] == "eval"]
+    losses = [r["loss"] for r in stage.history if r["kind"] == "train"]
+    assert stage.metrics["metric"] == "held-out loss"
+    assert stage.metrics["score"] == min(scores) < 0.95 * scores[0]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["teacher", "labels"])
+def test_fine_tuning_never_lowers_the_dev_score_and_saves_the_best(smoke, name):
+    stage = Run(smoke_params(smoke)).stage(name)
+    scores = [r["score"] for r in stage.history if r["kind"] == "eval"]
+    losses = [r["loss"] for r in stage.history if r["kind"] == "train"]
+    assert stage.metrics["metric"] == "dev macro F1"
+    assert stage.metrics["score"] == max(scores) >= scores[0]
+    assert stage.metrics["dev"]["macro"] == pytest.approx(stage.metrics["score"])  # of the weights that were saved
+    assert losses[-1] < losses[0]
+
+
+def test_hidden_states_come_closer_to_the_teachers(smoke):
+    metrics = Run(smoke_params(smoke)).stage("hidden").metrics
+    before, after = metrics["alignment_before"]["cosine"], metrics["alignment_after"]["cosine"]
+    assert len(after) == 3 and all(b < a for b, a in zip(before, after, strict=True))
+
+
+def test_frozen_word_embeddings_stay_bit_equal(smoke):
+    name = "bert.embeddings.word_embeddings.weight"
+    found = [weights(smoke / stage) for stage in ("student-init", "hidden", "logits", "labels", "student")]
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:])
+    for a, b in zip(found[:2], found[1:3], strict=True):  # distillation moves whatever is not frozen
+        still = {n for n in a if torch.equal(a[n], b[n])}
+        assert {n for n in still if n != name} <= {n for n in a if n.endswith("key.bias")}
+    assert changed(found[3], found[4]) == set()  # export copies
+
+
+def test_free_word_embeddings_learn(copied):
+    folder = copied("student-init")
+    run_stages(smoke_params(folder, freeze_word_embedding=False, distil_epochs=1), "hidden", "hidden")
+    assert "bert.embeddings.word_embeddings.weight" in changed(
+        weights(folder / "student-init"), weights(folder / "hidden"))
+
+
+def test_a_second_call_trains_nothing_and_says_so(smoke, capsys):
+    before = {p: p.stat().st_mtime_ns for p in smoke.rglob("*") if p.is_file()}
+    run_stages(smoke_params(smoke))
+    said = capsys.readouterr().out
+    assert [f"[{name}] done before with the same parameters and data" for name in STAGES] == said.splitlines()
+    assert before == {p: p.stat().st_mtime_ns for p in smoke.rglob("*") if p.is_file()}
+
+
+def test_a_changed_parameter_reruns_what_follows_from_it(copied, capsys):
+    folder = copied()
+    before = {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in WITH_WEIGHTS}
+    run_stages(smoke_params(folder, distil_epochs=1))
+    said = capsys.readouterr().out
+    after = {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in WITH_WEIGHTS}
+    assert {n for n in before if before[n] == after[n]} == {"teacher", "student-init"}
+    for name in ("teacher", "student-init"):
+        assert f"[{name}] done before" in said
+    assert "[hidden] runs again: distil_epochs changed (2 -> 1)\n" in said
+    assert "[logits] runs again: distil_epochs changed (2 -> 1), stage hidden changed (" in said
+    for name, earlier in (("labels", "logits"), ("evaluation", "labels"), ("student", "evaluation")):
+        assert f"[{name}] runs again: stage {earlier} changed (" in said
+    assert Run(smoke_params(folder)).stage("hidden").metrics["epochs"] == 1
+
+
+@pytest.mark.parametrize("name", list(STAGES)[1:])
+def test_a_later_stage_first_names_the_stage_to_run(tmp_path, name):
+    params = smoke_params(tmp_path / "none")
+    with pytest.raises(RuntimeError, match=f"{name} needs stage teacher: .*run finetune_teacher first"):
+        getattr(stages, STAGES[name])(params, Run(params))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_missing_stage_between_is_named(copied):
+    params = smoke_params(copied("student-init"))
+    with pytest.raises(RuntimeError, match="logits needs stage hidden: .*run distil_hidden first"):
+        stages.distil_logits(params, Run(params))
+
+
+def test_another_value_or_file_upstream_makes_a_stage_refuse(smoke, tmp_path):
+    before = hashes(smoke)
+    params = smoke_params(smoke, teacher_lr=1e-4)
+    with pytest.raises(RuntimeError, match=r"teacher_lr changed \(5e-05 -> 0.0001\); run finetune_teacher first"):
+        stages.distil_logits(params, Run(params))
+    task = shutil.copytree(TOY, tmp_path / "task")
+    with open(task / "transfer.tsv", "a", encoding="utf-8") as file:
+        file.write("one sentence more\n")
+    params = smoke_params(smoke, task=str(task))
+    with pytest.raises(RuntimeError, match=r"transfer file changed \(\w+ -> \w+\); run distil_hidden first"):
+        stages.evaluate_student(params, Run(params))
+    assert hashes(smoke) == before
+
+
+def test_a_folder_that_no_run_wrote_is_left_alone(tmp_path):
+    mine = tmp_path / "run" / "teacher" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    params = smoke_params(tmp_path / "run")
+    with pytest.raises(FileExistsError, match="model_dir: .*teacher holds files"):
+        stages.finetune_teacher(params, Run(params))
+    assert mine.read_text() == "years of work"
+
+
+def test_predictions_are_of_the_test_set_in_its_order(smoke):
+    gold, found = read_rows(TOY / "test.tsv"), read_rows(smoke / "evaluation/predictions.tsv")
+    assert [(words, language) for words, _, language in found] == [(words, language) for words, _, language in gold]
+    gold, found = ([tags.split(" ") for _, tags, _ in rows] for rows in (gold, found))
+    assert list(map(len, found)) == list(map(len, gold))
+    metrics = json.loads((smoke / "evaluation/metrics.json").read_text())
+    f1 = precision_recall_fscore_support(gold, found, average="micro", scheme=IOB2, zero_division=0)[2]
+    assert metrics["student"]["test"]["micro"] == pytest.approx(float(f1))
+    student, teacher = (metrics[model]["test"]["micro"] for model in ("student", "teacher"))
+    assert metrics["retention"]["micro"] == (pytest.approx(student / teacher) if teacher else None)
+
+
+PLAIN = """
+import json, sys
+sys.modules["xdistil"] = None  # whatever is installed: it must not be needed
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+folder, sentences = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForTokenClassification.from_pretrained(folder).eval()
+tokenizer, tags = AutoTokenizer.from_pretrained(folder), []
+for words in sentences:
+    encoded = tokenizer(words, is_split_into_words=True, return_tensors="pt")
+    if encoded["input_ids"].shape[1] > tokenizer.model_max_length:
+        tags.append(None)
+        continue
+    with torch.no_grad():
+        best = model(**encoded).logits[0].argmax(-1).tolist()
+    at = encoded.word_ids()
+    tags.append([model.config.id2label[best[at.index(i)]] for i in range(len(words))])
+tag = pipeline("token-classification", model=folder)
+found = [(e["entity"], e["word"]) for e in tag(" ".join(sentences[0][:3]), ignore_labels=[])]
+print(json.dumps([tags, found, tokenizer.model_max_length]))
+"""
+
+
+@pytest.mark.slow
+def test_the_exported_folder_needs_transformers_alone(smoke, tmp_path):
+    rows = sorted(read_rows(smoke / "evaluation/predictions.tsv"), key=lambda row: len(row[0]))[:12]
+    words = [row[0].split(" ") for row in rows]
+    done = subprocess.run([sys.executable, "-I", "-c", PLAIN, str(smoke / "student"), json.dumps(words)],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tags, found, longest = json.loads(done.stdout.splitlines()[-1])
+    whole = [(plain, row[1].split(" ")) for plain, row in zip(tags, rows, strict=True) if plain]
+    assert len(whole) > 2 and all(plain == ours for plain, ours in whole)
+    labels = (TOY / "labels.tsv").read_text().split()
+    assert found and {label for label, _ in found} <= set(labels)
+    assert "".join(piece.removeprefix("##") for _, piece in found) == "".join(words[0][:3])
+    assert longest == 32
+
+
+def plain_teacher(smoke, folder):
+    """The smoke run's teacher as somebody else would hand it over."""
+    folder.mkdir()
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smoke / "teacher" / file, folder)
+    return folder
+
+
+def test_a_given_teacher_is_used_and_stays_as_it_is(smoke, tmp_path, capsys):
+    given = plain_teacher(smoke, tmp_path / "given")
+    before = hashes(given)
+    run = run_stages(smoke_params(tmp_path / "run", teacher_model_dir=str(given)), "teacher", "student-init")
+    assert "fine-tuning skipped" in capsys.readouterr().out
+    assert hashes(given) == before
+    whole = Run(smoke_params(smoke))
+    assert run.stage("teacher").metrics["dev"] == whole.stage("teacher").metrics["dev"]
+    assert not (run.dir / "teacher" / "model.safetensors").exists()
+    assert changed(weights(smoke / "student-init"), weights(run.dir / "student-init")) == set()
+    run_stages(run.params, "teacher", "student-init")
+    assert capsys.readouterr().out.count("done before") == 2
+
+
+def test_a_given_teacher_whose_labels_stand_in_another_order(smoke, tmp_path):
+    task = shutil.copytree(TOY, tmp_path / "task")
+    labels = (task / "labels.tsv").read_text().split()
+    (task / "labels.tsv").write_text("\n".join(reversed(labels)) + "\n")
+    given = plain_teacher(smoke, tmp_path / "given")
+    run = run_stages(
+        smoke_params(tmp_path / "run", teacher_model_dir=str(given), task=str(task)), "teacher", "student-init")
+    assert run.stage("teacher").metrics["dev"] == Run(smoke_params(smoke)).stage("teacher").metrics["dev"]
+    config = json.loads((run.dir / "student-init/config.json").read_text())
+    assert list(config["id2label"].values()) == labels
+
+
+def test_a_given_teacher_of_other_labels_is_refused(smoke, tmp_path):
+    task = shutil.copytree(TOY, tmp_path / "task")
+    for path in task.iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace("-PER", "-WHO"), encoding="utf-8")
+    given = plain_teacher(smoke, tmp_path / "given")
+    params = smoke_params(tmp_path / "run", teacher_model_dir=str(given), task=str(task))
+    with pytest.raises(CheckpointError, match="teacher_model_dir.*'B-PER'.*labels.tsv.*'B-WHO'"):
+        stages.finetune_teacher(params, Run(params))
+
+
+def quick_teacher(model_dir, folder, **overrides):
+    return smoke_params(model_dir, teacher_model_dir=str(folder), teacher_epochs=1, train_limit=8, **overrides)
+
+
+def test_a_teacher_folder_that_does_not_exist_is_written(tmp_path, capsys):
+    folder = tmp_path / "teachers" / "mine"
+    run = run_stages(quick_teacher(tmp_path / "run", folder), "teacher", "student-init")
+    before = hashes(folder)
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= before.keys()
+    assert not (run.dir / "teacher" / "model.safetensors").exists()
+    assert run.stage("teacher").metrics["epochs"] == 1
+    capsys.readouterr()
+    run_stages(run.params, "teacher", "student-init")
+    assert capsys.readouterr().out.count("done before") == 2
+    assert hashes(folder) == before
+
+
+def test_a_second_run_uses_the_teacher_that_a_first_one_wrote(tmp_path):
+    folder = tmp_path / "teacher"
+    first = run_stages(quick_teacher(tmp_path / "a", folder), "teacher", "student-init")
+    before = hashes(folder)
+    run_stages(quick_teacher(tmp_path / "b", folder, seed=7), "teacher", "student-init")
+    assert hashes(folder) == before  # "used as it is if it is there"
+    assert changed(weights(first.dir / "student-init"), weights(tmp_path / "b" / "student-init"))
+    run_stages(first.params, "teacher", "student-init")  # and the first run is still whole
+
+
+def test_a_teacher_folder_named_after_the_run_is_filled(copied, tmp_path):
+    params = smoke_params(copied("teacher"), teacher_model_dir=str(tmp_path / "new"))
+    run_stages(params, "teacher", "student-init")
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_student_of_teacher_layers_goes_all_the_way(copied):
+    folder = copied("teacher")
+    params = smoke_params(
+        folder, student_init="teacher_layers", compress_word_embedding=False, unfreeze="module",
+        distil_epochs=1, ft_epochs=1)
+    run = run_stages(params)
+    teacher, student = weights(folder / "teacher"), weights(folder / "student-init")
+    for s, t in ((0, 1), (1, 3)):  # two layers of four, evenly spread, the last included
+        name = "bert.encoder.layer.{}.output.dense.weight"
+        assert torch.equal(student[name.format(s)], teacher[name.format(t)])
+    words = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(weights(folder / "student")[words], teacher[words])
+    assert load_file(folder / "hidden/projections.safetensors") == {}
+    assert run.stage("evaluation").metrics["student"]["parameters"] < (
+        run.stage("evaluation").metrics["teacher"]["parameters"])
+    scores = [r["score"] for r in run.stage("hidden").history if r["kind"] == "eval"]
+    assert run.stage("hidden").metrics["score"] == min(scores)
+
+
+@pytest.mark.parametrize("targets_cache_gb", [0, 0.001])
+def test_the_cache_of_teacher_outputs_changes_no_result(copied, smoke, targets_cache_gb):
+    folder = copied("student-init")
+    run_stages(smoke_params(folder, targets_cache_gb=targets_cache_gb), "hidden", "hidden")
+    kept = list((folder / "targets").rglob("*.npy"))
+    assert bool(kept) == bool(targets_cache_gb) and sum(p.stat().st_size for p in kept) <= targets_cache_gb * 1e9
+    whole, again = weights(smoke / "hidden"), weights(folder / "hidden")
+    for name in whole:
+        assert torch.allclose(whole[name], again[name], atol=1e-3), name
+
+
+def test_teacher_outputs_are_kept_within_their_budget_and_dropped_after_stage_1(smoke):
+    kept = {p.name.split("-")[0] for p in (smoke / "targets").rglob("*") if p.is_file()}
+    assert kept == {"logits"}
+
+
+STAGE_1 = """
+import json, sys
+from xdistil import stages
+from xdistil.params import load_params
+from xdistil.runs import Run
+params = load_params(json.loads(sys.argv[1]))
+stages.distil_hidden(params, Run(params))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_stage_1_ends_with_the_bytes_of_an_unbroken_one(copied):
+    def start(folder):
+        params = smoke_params(folder, transfer_limit=50, distil_chunk_size=10).model_dump()
+        asked = json.dumps({k: v for k, v in params.items() if v is not None})
+        return subprocess.Popen(
+            [sys.executable, "-c", STAGE_1, asked], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDISTIL_HEADLESS": "1"})
+
+    broken, unbroken = copied("student-init", "broken"), copied("student-init", "unbroken")
+    other, process = start(unbroken), start(broken)
+    deadline = time.monotonic() + 120
+    while not (broken / "hidden" / "checkpoint.safetensors").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (broken / "hidden/model.safetensors").exists()
+    again = start(broken)
+    said = again.communicate()[0]
+    assert again.returncode == 0, said
+    assert "interrupted before" in said and "[hidden] resumes at step 1/1, epoch" in said
+    whole = other.communicate()[0]
+    assert other.returncode == 0, whole
+    for file in ("model.safetensors", "projections.safetensors", "history.jsonl"):
+        assert (broken / "hidden" / file).read_bytes() == (unbroken / "hidden" / file).read_bytes(), file

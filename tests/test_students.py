@@ -1,0 +1,217 @@
+"""How a student is made: layer pairs, shapes that fit, weights and where they come from, the folded head."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, RobertaConfig
+
+from xdistil import embeddings, models
+from xdistil.data import collate
+from xdistil.models import CheckpointError, load_classifier, load_tokenizer, run_model, save_model
+from xdistil.students import (
+    build_student,
+    check_shapes,
+    distil_terms,
+    fold_head,
+    head_of,
+    make_projections,
+    spread,
+    student_config,
+)
+from xdistil.unfreeze import encoder_layers, word_embedding
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": None}
+
+
+@pytest.fixture
+def batch(examples):
+    return collate(examples, range(4), 0)
+
+
+@pytest.fixture
+def build(teacher, labels, tokenizer):
+    def builder(init="scratch", checkpoint=None, compress=False, **sizes):
+        torch.manual_seed(3)
+        config = student_config(teacher.config, init, checkpoint, **SIZES | sizes)
+        return build_student(config, teacher, init, checkpoint, labels, tokenizer, compress)
+    return builder
+
+
+def save_pretrained_student(folder, words, labels, width):
+    """A checkpoint of its own vocabulary, which shares words with the teacher's."""
+    source = models.random_teacher(words, labels, folder / "raw")
+    tokenizer = load_tokenizer(source)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=32, num_labels=len(labels))
+    save_model(models.from_config(config), tokenizer, folder / "student")
+    return folder / "student"
+
+
+@pytest.mark.parametrize("n_student, n_teacher, layer_map, pairs", [
+    (3, 6, "top", [(0, 3), (1, 4), (2, 5), (3, 6)]), (3, 6, "uniform", [(0, 0), (1, 2), (2, 4), (3, 6)]),
+    (2, 4, "top", [(0, 2), (1, 3), (2, 4)]), (4, 6, "uniform", [(0, 0), (1, 2), (2, 3), (3, 4), (4, 6)]),
+    (1, 12, "uniform", [(0, 0), (1, 12)]), (2, 2, "top", [(0, 0), (1, 1), (2, 2)]),
+    (2, 2, "uniform", [(0, 0), (1, 1), (2, 2)])])
+def test_layers_are_paired(n_student, n_teacher, layer_map, pairs):
+    assert spread(n_student, n_teacher, layer_map) == pairs
+
+
+def test_uniform_pairs_never_meet_twice():
+    for n_teacher in range(1, 25):
+        for n_student in range(1, n_teacher + 1):
+            teachers = [t for _, t in spread(n_student, n_teacher, "uniform")]
+            assert teachers == sorted(set(teachers)) and teachers[0] == 0 and teachers[-1] == n_teacher
+
+
+def config(**changes):
+    return BertConfig(**{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "max_position_embeddings": 64} | changes)
+
+
+TEACHER = config(hidden_size=48, num_hidden_layers=4)
+
+
+@pytest.mark.parametrize("teacher, student, parameter, remedy", [
+    (TEACHER, config(num_hidden_layers=5), "num_hidden_layers", "choose at most 4"),
+    (TEACHER, config(num_attention_heads=2), "distil_attention",
+     "set num_attention_heads: 4 .*or distil_attention: false"),
+    (TEACHER, config(hidden_size=52), "hidden_size", "choose at most 48"),
+    (config(hidden_size=48, num_hidden_layers=4, max_position_embeddings=31), config(), "seq_len",
+     "teacher has 31 positions.*; choose at most 31"),
+    (TEACHER, config(max_position_embeddings=16), "seq_len", "student.* 16( positions)?; choose at most 16")])
+def test_shapes_that_cannot_work_name_parameter_and_remedy(teacher, student, parameter, remedy):
+    with pytest.raises(CheckpointError, match=f"^{parameter}: .*{remedy}"):
+        check_shapes(teacher, student, seq_len=32, init="scratch", compress=True, distil_attention=True)
+
+
+def test_shapes_that_can_work_pass():
+    check_shapes(TEACHER, config(), seq_len=64, init="scratch", compress=True, distil_attention=True)
+    check_shapes(TEACHER, config(num_attention_heads=2), seq_len=64, init="scratch", compress=True,
+                 distil_attention=False)
+    check_shapes(TEACHER, config(hidden_size=52), seq_len=64, init="checkpoint", compress=True,
+                 distil_attention=True)  # mapped, not compressed
+    check_shapes(TEACHER, TEACHER, seq_len=64, init="teacher_layers", compress=False, distil_attention=True)
+
+
+def test_the_positions_that_roberta_reserves_are_not_counted():
+    """RoBERTa numbers positions from padding id + 1, so 34 rows carry 32 tokens."""
+    roberta = RobertaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                            intermediate_size=8, max_position_embeddings=34)
+    model = models.from_config(roberta)
+    ids = torch.full((1, 32), 5)
+    run_model(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    check_shapes(roberta, roberta, seq_len=32, init="scratch", compress=False, distil_attention=False)
+    with pytest.raises(CheckpointError, match="^seq_len: .*choose at most 32"):
+        check_shapes(roberta, roberta, seq_len=33, init="scratch", compress=False, distil_attention=False)
+
+
+def test_scratch_has_the_sizes_asked_for_on_the_teachers_vocabulary(build, teacher, labels):
+    student, origin = build()
+    found = student.config
+    assert (found.hidden_size, found.num_hidden_layers, found.num_attention_heads, found.intermediate_size) == (
+        24, 2, 4, 96)
+    assert word_embedding(student).shape == (len(word_embedding(teacher)), 24) and origin == "random"
+    assert found.id2label == dict(enumerate(labels)) and found.pad_token_id == 0
+    assert build(intermediate_size=40)[0].config.intermediate_size == 40
+
+
+def test_compressed_embeddings_are_the_svd_at_the_scale_of_fresh_ones(build, teacher):
+    fresh, _ = build()
+    student, origin = build(compress=True)
+    small, _ = embeddings.compress(word_embedding(teacher), 24)
+    wanted = embeddings.rescale(small, word_embedding(fresh).norm(dim=-1).mean().item())
+    torch.testing.assert_close(word_embedding(student).detach(), wanted)
+    assert "truncated SVD" in origin and word_embedding(student).requires_grad
+    torch.testing.assert_close(head_of(student).weight, head_of(fresh).weight)
+
+
+@pytest.mark.parametrize("n_layers, copied", [(1, [4]), (2, [2, 4]), (4, [1, 2, 3, 4])])
+def test_copied_layers_are_spread_and_the_rest_is_the_teachers(build, teacher, n_layers, copied, batch):
+    student, origin = build("teacher_layers", num_hidden_layers=n_layers)
+    for layer, i in zip(encoder_layers(student), copied, strict=True):
+        wanted = encoder_layers(teacher)[i - 1].state_dict()
+        assert all(torch.equal(x, wanted[n]) for n, x in layer.state_dict().items())
+    wanted = teacher.state_dict()
+    rest = {n: x for n, x in student.state_dict().items() if "encoder.layer." not in n}
+    assert len(rest) >= 7 and all(torch.equal(x, wanted[n]) for n, x in rest.items())
+    assert origin == "the teacher's"
+    if n_layers == 4:
+        pair = [run_model(m.eval(), batch)[0][batch["attention_mask"] > 0] for m in (student, teacher)]
+        torch.testing.assert_close(*pair)
+
+
+def test_a_checkpoint_of_the_same_vocabulary_keeps_its_weights(build, sentences, labels, tmp_path):
+    words = {word for sentence in sentences.words for word in sentence}
+    folder = save_pretrained_student(tmp_path, words, labels, 24)
+    plain = load_classifier(folder, labels, "x").state_dict()
+    for compress in (False, True):
+        student, origin = build("checkpoint", str(folder), compress)
+        assert origin == "the student's own"
+        assert all(torch.equal(x, plain[n]) for n, x in student.state_dict().items())
+
+
+def test_a_checkpoint_of_another_vocabulary_is_mapped_or_refused(build, sentences, labels, tokenizer, teacher,
+                                                                 tmp_path):
+    words = sorted({word for sentence in sentences.words for word in sentence})[::2] + ["Zebra", "zum"]
+    folder = save_pretrained_student(tmp_path, set(words), labels, 20)
+    with pytest.raises(CheckpointError, match="^pt_student_checkpoint: .*set compress_word_embedding: true"):
+        build("checkpoint", str(folder))
+    student, origin = build("checkpoint", str(folder), True)
+    own, other = load_classifier(folder, labels, "x"), load_tokenizer(folder)
+    assert word_embedding(student).shape == (len(tokenizer), 20) and student.config.vocab_size == len(tokenizer)
+    pieces = [t.convert_ids_to_tokens(list(range(len(t)))) for t in (tokenizer, other)]
+    wanted, n_shared = embeddings.map_to_student(
+        word_embedding(teacher).detach(), pieces[0], word_embedding(own).detach(), pieces[1])
+    torch.testing.assert_close(word_embedding(student).detach(), wanted)
+    assert f"mapped by {n_shared} shared pieces" in origin and n_shared > 300
+    kept, found = own.state_dict(), student.state_dict()
+    assert all(torch.equal(found[n], x) for n, x in kept.items() if "word_embeddings" not in n)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_the_folded_head_is_the_teachers_classifier_on_projected_states(build, teacher, batch, projected):
+    nn.init.normal_(head_of(teacher).bias)
+    student = build()[0] if projected else build("teacher_layers")[0]
+    nn.init.normal_(head_of(student).weight)
+    projection = nn.Linear(24, 48) if projected else None
+    fold_head(student, teacher, projection)
+    with torch.inference_mode():
+        logits, states, _ = run_model(student.eval(), batch, True)
+        state = projection(states[-1]) if projected else states[-1]
+        torch.testing.assert_close(logits, head_of(teacher)(state), rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_is_not_one_linear_map_is_an_error(build):
+    student, _ = build()
+    student.classifier = nn.Sequential(nn.Linear(24, 7))
+    with pytest.raises(CheckpointError, match="BertForTokenClassification has no linear classifier"):
+        head_of(student)
+
+
+def test_projections_are_one_for_each_pair_and_none_at_equal_widths():
+    found = make_projections([(0, 2), (1, 3)], 24, 48)
+    assert sorted(found) == ["0", "1"] and found["0"].weight.shape == (48, 24)
+    assert len(make_projections([(0, 2), (1, 3)], 48, 48)) == 0
+
+
+@pytest.mark.parametrize("hidden, maps, names", [
+    ([(2, 4)], [], ["hidden_2"]), ([(0, 2), (1, 3), (2, 4)], [(1, 3), (2, 4)],
+     ["hidden_0", "hidden_1", "hidden_2", "attention_1", "attention_2"])])
+@pytest.mark.parametrize("kinds", [("mse", "mse"), ("cosine", "kl")])
+def test_terms_are_named_by_student_layer_and_vanish_for_the_teacher_itself(build, teacher, batch, hidden, maps,
+                                                                            names, kinds):
+    student = build()[0].eval()
+    student.set_attn_implementation("eager")
+    modules = nn.ModuleDict({"student": student, "projections": make_projections(hidden, 24, 48)})
+    with torch.inference_mode():
+        _, states, found = run_model(teacher, batch, True, True)
+        goal = {"teacher_hidden": torch.stack([states[t] for _, t in hidden], 2)}
+        if maps:
+            goal["teacher_attention"] = torch.stack([found[t - 1] for _, t in maps], 1)
+        values = distil_terms(hidden, maps, *kinds)(modules, batch | goal)
+        assert list(values) == names and all(x.ndim == 0 and x > 0 for x in values.values())
+        # the teacher as its own student, paired with itself
+        itself = nn.ModuleDict({"student": teacher, "projections": nn.ModuleDict()})
+        same = distil_terms([(t, t) for _, t in hidden], [(t, t) for _, t in maps], *kinds)(itself, batch | goal)
+        assert [n.replace(n[-1], str(t)) for n, (_, t) in zip(names, hidden + maps, strict=True)] == list(same)
+        assert all(float(x) == pytest.approx(0, abs=1e-6) for x in same.values())
