@@ -50,16 +50,6 @@ def test_figures_show_in_notebooks_and_leave_matplotlib_as_it_was():
     assert fig.axes[0].lines[1].get_ydata()[0] == pytest.approx(90)
 
 
-def test_lengths_counts_what_is_split_and_keeps_long_sentences_in_the_last_bin():
-    fig = drawn(plots.plot_lengths({"train": [10] * 98 + [129, 5000], "dev": [5, 6]}, 128))
-    ax = fig.axes[0]
-    assert "sub-words" in ax.get_xlabel() and "%" in ax.get_ylabel() and ax.get_xlim()[1] < 400
-    assert ax.lines[0].get_xdata()[0] == 128.5
-    assert {"train: 100 sentences, 2 % split", "dev: 2 sentences, 0 % split"} <= set(legend(fig))
-    tops = [patch.get_path().vertices[:, 1].max() for patch in ax.patches]
-    assert sorted(tops) == pytest.approx([50, 98])
-
-
 def test_history_shows_every_term_the_best_point_and_the_steps():
     history = records(("hidden_1", "hidden_2", "attention_1", "logits"), "dev macro F1")
     fig = drawn(plots.plot_history(history, "$x$"))

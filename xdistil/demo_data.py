@@ -1,9 +1,9 @@
 """A made-up NER corpus in up to six languages, for trying the kit without any download.
 
-Hand-written patterns are filled with names, for people of Faker's word lists. The test part is real generalisation: its
-patterns, its names, and the first names, last names and places in them occur nowhere else. `demo_patterns.tsv` has the
-columns language, kind, text: kinds `train` and `test` hold a pattern per line, every other kind a list separated by
-" | "; {LAST} stands for an entry of the list `last`, # for digits.
+Hand-written patterns are filled with names, for people of Faker's word lists. The test part is real generalisation:
+its patterns, its names, and the first names, last names and places in them occur nowhere else. `demo_patterns.tsv` has
+the columns language, kind, text: kinds `train` and `test` hold a pattern per line, every other kind a list separated
+by " | "; {LAST} stands for an entry of the list `last`, # for digits.
 """
 
 import hashlib
@@ -34,17 +34,18 @@ def _held_out(name):
 def name_lists(table: dict, part: str) -> dict:
     """A language's table with the names of one part, train or test; Faker gives first and last names.
 
-    A name's last word decides, whatever the seed and language; about a quarter are for the test. ImportError: no faker.
+    A name's last word decides, whatever seed and language; about a quarter are for the test. ImportError: no faker.
     """
     try:  # only its word lists: Faker's generators draw in an order of their own
         person = import_module(f"faker.providers.person.{table['locale'][0]}").Provider
     except ImportError as error:
         raise ImportError("the demo corpus needs the package faker: pip install faker") from error
-    faker = {"first": [*person.first_names_female, *person.first_names_male], "last": person.last_names}
-    lists = {kind: {*faker.get(kind, ()), *table.get(kind, ())} for kind in ("first", "last", "place", "syllable")}
-    return table | {kind: [name for name in sorted(names)  # sorted: sets have no fixed order
-                           if re.fullmatch(r"[^\d(.,/]{2,}", name) and _held_out(name) == (part == "test")]
-                    for kind, names in lists.items()}
+    kinds = {"first": {*person.first_names_female, *person.first_names_male, *table.get("first", ())},
+             "last": {*person.last_names, *table.get("last", ())}}
+    kinds = {kind: {name for name in names if re.fullmatch(r"[^\d(.,/ ]{2,}", name)} for kind, names in kinds.items()}
+    kinds |= {"place": table["place"], "syllable": table.get("syllable", ())}
+    return table | {kind: [name for name in sorted(names) if _held_out(name) == (part == "test")]  # sets have no order
+                    for kind, names in kinds.items()}
 
 
 def fill(text: str, lists: dict, rng: random.Random) -> str:
@@ -60,11 +61,9 @@ def make_line(pattern: str, lists: dict, rng: random.Random) -> tuple:
     for token in pattern.removesuffix(" ." if rng.random() < 0.05 else "").split():
         found, label = fill(token, lists, rng).split(), token[1:-1]
         words += found
-        if label in ("PER", "LOC", "ORG"):
-            tags += [f"B-{label}"] + [f"I-{label}"] * (len(found) - 1)
-            names.append(f" {' '.join(found).casefold()} ")
-        else:
-            tags += ["O"] * len(found)
+        entity = label in ("PER", "LOC", "ORG")
+        tags += [f"B-{label}", *[f"I-{label}"] * (len(found) - 1)] if entity else ["O"] * len(found)
+        names += [f" {' '.join(found).casefold()} "] * entity
     words[0] = words[0][0].upper() + words[0][1:] if pattern[0] == "{" else words[0]
     return [word.lower() for word in words] if rng.random() < 0.03 else words, tags, names
 
@@ -81,28 +80,25 @@ def write_demo_corpus(folder, *, seed=13, languages=("en", "de", "es", "fr", "pt
     if not languages or not set(languages) <= set(tables):
         raise ValueError(f"languages must be some of {', '.join(tables)}, not {languages!r}")
     sizes = {"train": n_train, "dev": n_dev, "test": n_test, "transfer": n_transfer}
-    files = {part: [] for part in sizes}
+    files = {"labels": list(LABELS), **{part: [] for part in sizes}}
     for kind, parts in (("test", ["test"]), ("train", ["train", "dev", "transfer"])):
-        barred = frozenset(used)  # the names of the test part, once that is done
-        for at, language in enumerate(languages):
-            rng, lists = random.Random(f"{seed} {language} {kind}"), name_lists(tables[language], kind)
-            owed = [part for part in parts for _ in range(at, sizes[part], len(languages))]
-            rng.shuffle(owed)  # patterns without slots run out early
-            misses = 0
-            while owed:
-                words, tags, names = make_line(rng.choice(lists[kind]), lists, rng)
-                text, misses = f" {' '.join(words).casefold()} ", misses + 1
-                if misses > 3000:
-                    raise ValueError("the patterns give no more different sentences; ask for fewer")
-                if text in seen or any(name in text for name in barred):
-                    continue
-                line = [" ".join(words), " ".join(tags), language][: 1 if owed[-1] == "transfer" else 3]
-                files[owed.pop()].append("\t".join(line))
+        rng, barred, misses = random.Random(f"{seed} {kind}"), frozenset(used), 0
+        lists = {language: name_lists(tables[language], kind) for language in languages}
+        owed = [(part, languages[i % len(languages)]) for part in parts for i in range(sizes[part])]
+        rng.shuffle(owed)  # patterns without slots run out early
+        while owed:
+            part, language = owed[-1]
+            words, tags, names = make_line(rng.choice(lists[language][kind]), lists[language], rng)
+            text, misses = f" {' '.join(words).casefold()} ", misses + 1
+            if misses > 3000:
+                raise ValueError("the patterns give no more different sentences; ask for fewer")
+            if text not in seen and not any(name in text for name in barred):
+                line = [" ".join(words), " ".join(tags), language]
+                files[part].append("\t".join(line[:1] if part == "transfer" else line))
+                owed.pop()
                 seen.add(text)
                 used.update(names)
                 misses = 0
-    save_text(Path(folder, "labels.tsv"), "".join(f"{label}\n" for label in LABELS))
     for part, lines in files.items():
-        random.Random(f"{seed} {part}").shuffle(lines)
         save_text(Path(folder, f"{part}.tsv"), "".join(f"{line}\n" for line in lines))
-    return {**sizes, "labels": len(LABELS)}
+    return {part: len(lines) for part, lines in files.items()}

@@ -9,19 +9,17 @@ from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import STAGES, Run
 from xdistil.training import Feed
 
-OPTIMISER = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_schedule", "weight_decay",
-             "max_grad_norm")
+RECIPE = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
 TRANSFER = ("transfer_limit", "distil_chunk_size", "holdout_ratio", "student_distil_batch_size", "distil_epochs")
 STUDENT = ("dropout", "freeze_word_embedding")
 USES = {  # the parameters that each stage's result follows from
-    "teacher": (*OPTIMISER, "pt_teacher_checkpoint", "train_limit", "teacher_batch_size", "teacher_epochs",
-                "teacher_lr"),
+    "teacher": (*RECIPE, "pt_teacher_checkpoint", "train_limit", "teacher_batch_size", "teacher_epochs", "teacher_lr"),
     "student-init": ("seed", "student_init", "pt_student_checkpoint", "hidden_size", "num_hidden_layers",
                      "num_attention_heads", "intermediate_size", "compress_word_embedding"),
-    "hidden": (*OPTIMISER, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
+    "hidden": (*RECIPE, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
                "hidden_loss", "attention_loss", "hidden_weight", "attention_weight", "distil_lr"),
-    "logits": (*OPTIMISER, *TRANSFER, *STUDENT, "logit_loss", "temperature", "unfreeze", "logit_lr"),
-    "labels": (*OPTIMISER, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
+    "logits": (*RECIPE, *TRANSFER, *STUDENT, "logit_loss", "temperature", "unfreeze", "logit_lr"),
+    "labels": (*RECIPE, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
 }
 FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "logits": ("transfer", "dev"),
          "labels": ("train", "dev"), "evaluation": ("dev", "test")}

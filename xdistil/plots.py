@@ -31,7 +31,8 @@ def _figure(title, height, width=11.6, cols=1, rows=1, grid=True, **settings):
     axes = fig.subplots(rows, cols, sharex="col")
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(grid, axis="y", color="#dddddd" if grid else None)
+        if grid:
+            ax.grid(axis="y", color="#dddddd")
         ax.set(axisbelow=True, **settings)
     return fig, axes
 

@@ -30,7 +30,6 @@ class Table:
         return "\n".join([self.title] * bool(self.title) + [form.format(*line).rstrip() for line in lines])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
+        head = "<thead><tr>" + "".join(f"<th>{escape(column)}</th>" for column in self.columns)
         rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.cells())
-        title = f"<caption>{escape(self.title)}</caption>"
-        return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f"<table><caption>{escape(self.title)}</caption>{head}</tr></thead><tbody>{rows}</tbody></table>"

@@ -41,9 +41,8 @@ def unfreezing_steps(groups, grain: str, frozen: frozenset[str] = frozenset()) -
 
 def freeze_to(model: nn.Module, trainable: list[str]) -> None:
     """Only the named parameters learn; the rest of the model is in eval mode (no dropout there)."""
-    allowed = set(trainable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in allowed)
+        parameter.requires_grad_(name in trainable)
     learning_mode(model)
 
 

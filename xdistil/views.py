@@ -29,7 +29,8 @@ def describe(params: Params, run: Run) -> list[Table]:
     inputs, files, texts, tags = _unstarted(params, run), [], {}, {}
     for name in ("train", "dev", "test", "transfer"):
         sentences, examples = inputs.read(name)
-        texts[name], tags[name] = set(map(" ".join, sentences.words)), [tag for line in sentences.tags for tag in line]
+        texts[name] = set(map(" ".join, sentences.words))
+        tags[name] = [tag for sentence in sentences.tags or () for tag in sentence]
         median, most, longest = map(int, np.quantile(examples.lengths, (0.5, 0.95, 1.0)))
         files.append({"file": name, "sentences": len(sentences), "words": sum(map(len, sentences.words)),
                       "languages": len(set(sentences.languages) - {""}), "windows": len(examples),
