@@ -16,8 +16,8 @@ def student_config(teacher_config, init: str, checkpoint: str | None, **sizes):
     if init == "checkpoint":
         return load_config(checkpoint, "pt_student_checkpoint")
     if init == "teacher_layers":
-        return type(teacher_config).from_dict(
-            teacher_config.to_dict() | {"num_hidden_layers": sizes["num_hidden_layers"]})
+        changed = {key: sizes[key] for key in ("num_hidden_layers", "intermediate_size") if sizes[key]}
+        return type(teacher_config).from_dict(teacher_config.to_dict() | changed)
     sizes["intermediate_size"] = sizes["intermediate_size"] or 4 * sizes["hidden_size"]
     return transformers.BertConfig(**sizes)
 
@@ -85,14 +85,24 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
 
 @torch.no_grad()
 def copy_layers(teacher, student) -> None:
-    """Copy embeddings, head and evenly spread layers, the last included, into the student."""
+    """Copy embeddings, head and evenly spread layers, the last included, into the student. A narrower feed-forward
+    part keeps the neurons with the largest product of incoming and outgoing weight norms."""
     layers_t, layers_s, source = encoder_layers(teacher), encoder_layers(student), dict(teacher.named_parameters())
+    wide, narrow = (model.config.intermediate_size for model in (teacher, student))
     inside = {id(p) for p in layers_s.parameters()}
     for name, parameter in student.named_parameters():
         if id(parameter) not in inside:
             parameter.copy_(source[name])
     for s, t in spread(len(layers_s), len(layers_t), "uniform")[1:]:
-        layers_s[s - 1].load_state_dict(layers_t[t - 1].state_dict())
+        state = layers_t[t - 1].state_dict()
+        if narrow < wide:
+            incoming, outgoing = (next(w.norm(dim=1 - side) for w in state.values() if w.dim() == 2
+                                       and w.shape[side] == wide) for side in (0, 1))
+            kept = (incoming * outgoing).topk(narrow).indices.sort().values
+            for side in (0, 1):
+                state |= {name: w.index_select(side, kept) for name, w in state.items()
+                          if w.dim() > side and w.shape[side] == wide}
+        layers_s[s - 1].load_state_dict(state)
 
 
 def make_projections(pairs: list[tuple[int, int]], width_s: int, width_t: int) -> nn.ModuleDict:
