@@ -8,6 +8,7 @@ os.environ.setdefault("XDISTIL_HEADLESS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tiny import random_teacher  # noqa: E402
 
 from xdistil import data, models  # noqa: E402
 from xdistil.devices import open_accelerator  # noqa: E402
@@ -56,7 +57,7 @@ def teacher_folder(tmp_path_factory, sentences, labels) -> Path:
     """A BERT of 4 layers, width 48 and 4 heads with a WordPiece tokenizer."""
     torch.manual_seed(0)
     words = {word for sentence in sentences.words for word in sentence}
-    return models.random_teacher(words, labels, tmp_path_factory.mktemp("teacher"))
+    return random_teacher(words, labels, tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="session")

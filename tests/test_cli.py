@@ -77,7 +77,7 @@ BAD_FILES = {
     "missing-file": (lambda t: (t / "train.tsv").unlink(), r"train\.tsv: no such file; .*'dev\.tsv'"),
     "missing-labels": (lambda t: (t / "labels.tsv").unlink(), r"labels\.tsv: no such file"),
     "missing-transfer": (lambda t: (t / "transfer.tsv").unlink(), r"transfer\.tsv: no such file"),
-    "missing-folder": (shutil.rmtree, r"task.labels\.tsv: no such file"),
+    "missing-folder": (shutil.rmtree, r"task.train\.tsv: no such file"),
     "tag-count": (lambda t: replace_line(t / "train.tsv", 2, b"a b c\tO O\ten"),
                   r"train\.tsv:2: 3 words and 2 tags; expected"),
     "no-tags": (lambda t: replace_line(t / "dev.tsv", 1, b"just text"), r"dev\.tsv:1: 2 words and 1 tags"),

@@ -126,12 +126,12 @@ def test_the_typical_sentence_has_entities_and_a_handy_length():
 
 
 def test_labels_stand_on_first_sub_words_and_nowhere_else(tokenizer, labels):
-    unseen = "dnaleL"  # of known letters, so it falls into them
-    sentence = Sentences([["Leland", unseen, "company"]], [["B-LOC", "I-LOC", "O"]], ["en"])
+    unseen = "mrotS"  # of known letters, so it falls into them
+    sentence = Sentences([["Storm", unseen, "company"]], [["B-LOC", "I-LOC", "O"]], ["en"])
     found = encode(sentence, tokenizer, 32, labels)
     n = len(unseen)
     assert tokenizer.convert_ids_to_tokens(found.input_ids.tolist()) == [
-        "[CLS]", "Leland", unseen[0], *("##" + x for x in unseen[1:]), "company", "[SEP]"]
+        "[CLS]", "Storm", unseen[0], *("##" + x for x in unseen[1:]), "company", "[SEP]"]
     rest = [IGNORED] * (n - 1)
     assert found.labels.tolist() == [
         IGNORED, labels.index("B-LOC"), labels.index("I-LOC"), *rest, labels.index("O"), IGNORED]
@@ -152,7 +152,7 @@ class Neighbourly:
 
 
 def test_remembered_words_equal_whole_sentences(tokenizer, sentences):
-    words = [*sentences.words, [], ["\u200b", "Leland", "\u00ad"], ["qqq\u4e2d", "Leland"]]
+    words = [*sentences.words, [], ["\u200b", "Storm", "\u00ad"], ["qqq\u4e2d", "Storm"]]
     trigger = ["a", "b"]
     slow = Neighbourly(tokenizer, trigger)
     whole = list(word_pieces(slow, [trigger, *words]))
@@ -160,7 +160,7 @@ def test_remembered_words_equal_whole_sentences(tokenizer, sentences):
     assert whole[0] != fast[0] and whole[1:] == fast[1:]
     assert [len(pieces) for pieces in fast[1:]] == [len(sentence) for sentence in words]
     # a word without pieces is one unknown piece
-    assert fast[-2] == [[tokenizer.unk_token_id], tokenizer("Leland", add_special_tokens=False)["input_ids"],
+    assert fast[-2] == [[tokenizer.unk_token_id], tokenizer("Storm", add_special_tokens=False)["input_ids"],
                         [tokenizer.unk_token_id]]
 
 

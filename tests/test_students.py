@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import random_teacher
 from torch import nn
 from transformers import BertConfig, RobertaConfig
 
@@ -39,7 +40,7 @@ def build(teacher, labels, tokenizer):
 
 def save_pretrained_student(folder, words, labels, width):
     """A checkpoint of its own vocabulary, which shares words with the teacher's."""
-    source = models.random_teacher(words, labels, folder / "raw")
+    source = random_teacher(words, labels, folder / "raw")
     tokenizer = load_tokenizer(source)
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
                         intermediate_size=32, num_labels=len(labels))

@@ -2,13 +2,13 @@
 
 import argparse
 import difflib
-import logging
 import os
 import sys
 import time
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
                   for name, value in vars(asked).items() if name in Params.model_fields}
         params = load_params(asked.params or ({} if values else repo_root() / "params/demo.yaml"), values)
         return run_notebooks(params) if asked.command == "run" else check(params)
-    except (ValueError, FileExistsError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"xdistil: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -64,22 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(params: Params) -> int:
     """Print counts, lengths, labels, overlaps and needs, without training. Raises ValueError for bad input."""
-    from xdistil import inputs, stages, views
+    from xdistil import stages, views
 
-    run = Run(params)
-    stages.check_models(params, run)
-    inputs.check_files(params, run)
+    stages.check(params, run := Run(params))
     print(*views.describe(params, run), views.needs(params, run), sep="\n\n")
     return 0
-
-
-class _Lines(logging.Handler):
-    """Passes on to the terminal what stages print in their notebooks: lines that begin with a stage's name."""
-
-    def emit(self, record):
-        for line in record.getMessage().splitlines():
-            if line.startswith("[") and not line.startswith("[IPKernelApp]"):
-                tqdm.write(line, file=sys.stderr)
 
 
 def run_notebooks(params: Params) -> int:
@@ -90,24 +79,24 @@ def run_notebooks(params: Params) -> int:
     from xdistil import inputs, report, stages, views
 
     run, start, ran, executed = Run(params), time.monotonic(), 0, Path(params.model_dir) / "notebooks"
-    stages.check_models(params, run)
-    inputs.check_files(params, run)
-    logger = logging.getLogger("papermill")
-    logger.handlers, logger.propagate, logger.level = [_Lines()], False, logging.INFO
+    stages.check(params, run)
+    lines = SimpleNamespace(write=lambda text: tqdm.write(text, file=sys.stderr, end=""), flush=sys.stderr.flush)
     os.environ |= {"XDISTIL_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     executed.mkdir(parents=True, exist_ok=True)
-    for number, (name, verb) in enumerate(bar := tqdm(STAGES.items(), unit="notebook"), 1):
+    for number, (name, verb) in enumerate(bar := tqdm(STAGES.items(), unit="notebook", disable=None), 1):
         notebook = executed / f"{number:02d}_{verb}.ipynb"
         bar.set_description(verb)
         written = read_json(notebook, {}) if inputs.is_done(params, run, name) else {}
-        if written.get("metadata", {}).get("papermill", {}).get("exception") is False:
+        papermill = written.get("metadata", {}).get("papermill", {})
+        if papermill.get("end_time") and not papermill.get("exception"):
             tqdm.write(f"[{name}] done before with the same parameters and data", file=sys.stderr)
             continue
         ran += 1
         try:
             execute_notebook(repo_root() / "notebooks" / notebook.name, notebook,
                              {"experiment": params.model_dump(exclude_none=True)}, kernel_name="python3",
-                             cwd=str(repo_root()), progress_bar=False, log_output=True)
+                             cwd=str(repo_root()), progress_bar=False, stdout_file=lines,
+                             extra_arguments=["--log-level=ERROR"])
         except (PapermillExecutionError, DeadKernelError) as error:
             bar.close()
             why = (f"cell {error.exec_count}: {error.ename}: {error.evalue}" if hasattr(error, "evalue")
@@ -116,8 +105,9 @@ def run_notebooks(params: Params) -> int:
             return 1
     page, table = run.dir / "report.html", views.results(run)
     if ran or not page.is_file():
-        report.write_report(executed, page, title=f"xdistil: {run.dir.name}", summary_html=table._repr_html_(),
-                            figures=[run.dir / "figures" / f"{name}.png" for name in ("languages", "attention")])
+        summary = f"{table._repr_html_()}<details><summary>parameters</summary>{params._repr_html_()}</details>"
+        figures = [run.dir / "figures" / f"{name}.png" for name in ("languages", "attention")]
+        report.write_report(executed, page, title=f"xdistil: {run.dir.name}", summary_html=summary, figures=figures)
     print(f"\n{table}\n\n{ran} of {len(STAGES)} stages ran in {time.monotonic() - start:.0f} s\n"
           f"student: {run.dir / 'student'}\nreport: {page}")
     return 0
@@ -132,7 +122,7 @@ def predict_file(asked) -> int:
     tokenizer = models.load_tokenizer(asked.student_dir, "STUDENT_DIR")
     accelerator = devices.open_accelerator(asked.device, quiet=True)
     model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR").to(accelerator.device)
-    lines, seq_len = data.read_lines(asked.input), min(tokenizer.model_max_length, config.max_position_embeddings)
+    lines, seq_len = data.read_lines(asked.input), min(tokenizer.model_max_length, models.n_positions(config))
 
     def write(path=None):
         with open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout) as handle:

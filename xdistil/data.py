@@ -167,7 +167,9 @@ def windows(sizes: list[int], capacity: int) -> list[tuple[int, int, int, int]]:
     while start < n:
         end = bisect_right(total, total[start] + capacity) - 1
         spans.append((start, end))
-        start = max(start + 1, bisect_left(total, total[end] - capacity // 4)) if end < n else n
+        if end == n:
+            break
+        start = max(start + 1, bisect_left(total, max(total[end] - capacity // 4, total[end + 1] - capacity)))
     cuts = [0, *((following + end + 1) // 2 for (_, end), (following, _) in pairwise(spans)), n]
     return [(*span, cuts[i], cuts[i + 1]) for i, span in enumerate(spans)]
 
@@ -245,7 +247,9 @@ def collate(examples: Examples, indices, pad_id: int, multiple: int = 8) -> dict
 
 
 def split_transfer(n: int, chunk_size: int, holdout_ratio: float, seed: int):
-    """The held-out windows of a transfer set, at most 2,000, and its chunks, as index arrays."""
+    """The held-out windows of a transfer set, at most 2,000, and its chunks, as index arrays. DataError for n < 2."""
+    if n < 2:
+        raise DataError("transfer_file: one sentence cannot be held out and trained on; give two or more")
     order, n_held_out = np.random.default_rng(seed).permutation(n), min(2000, max(1, round(n * holdout_ratio)))
     held_out, rest = np.split(order, [n_held_out])
     return held_out, [rest[i : i + chunk_size] for i in range(0, len(rest), chunk_size)]

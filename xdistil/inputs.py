@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 from xdistil import data, demo_data, evaluate, models
-from xdistil.files import hash_file
+from xdistil.files import hash_file, read_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import STAGES, Run
 from xdistil.training import Feed
@@ -37,7 +37,7 @@ def task_file(params: Params, run: Run, name: str) -> Path:
 
 def check_files(params: Params, run: Run) -> None:
     """Read every file of the task once. Raises DataError naming file and line for bad input."""
-    labels = data.read_labels(task_file(params, run, "labels"))
+    labels = Inputs(params, run, teacher_source(params, run)[0]).labels
     for name in ("train", "dev", "test"):
         data.read_tagged(task_file(params, run, name), labels)
     data.read_text(task_file(params, run, "transfer"))
@@ -59,16 +59,17 @@ def teacher_dir(params: Params, run: Run) -> Path:
 
 
 def given_teacher(params: Params, run: Run) -> Path | None:
-    """The folder of a fine-tuned teacher that teacher_model_dir holds and we did not write."""
+    """The folder of a fine-tuned teacher that teacher_model_dir holds and this run did not write."""
+    begun = read_json(run.dir / "teacher/begun.json", {})
+    ours = begun.get("teacher_model_dir") in (None, params.teacher_model_dir) and "teacher_model_dir" in begun
     folder = teacher_dir(params, run)
-    is_given = params.teacher_model_dir and any(folder.glob("*.safetensors"))
-    return folder if is_given and not (folder / "xdistil.json").is_file() else None
+    return folder if params.teacher_model_dir and not ours and any(folder.glob("*.safetensors")) else None
 
 
 def teacher_source(params: Params, run: Run) -> tuple[str, str]:
-    """The checkpoint that the teacher starts from, and the parameter that names it."""
-    if given := given_teacher(params, run):
-        return str(given), "teacher_model_dir"
+    """The fine-tuned teacher's folder, or the checkpoint that it starts from; and the parameter that names it."""
+    if given_teacher(params, run) or is_done(params, run, "teacher"):
+        return str(teacher_dir(params, run)), "teacher_model_dir"
     return params.pt_teacher_checkpoint, "pt_teacher_checkpoint"
 
 
@@ -79,7 +80,8 @@ def depends(params: Params, run: Run, name: str) -> dict:
         weights = fingerprint([_hash(path) for path in sorted(given.glob("*.safetensors"))])
         values, files = {"teacher weights": weights, "seq_len": params.seq_len}, ("dev", "labels")
     elif name == "teacher":
-        values["teacher_epochs"] = params.teacher_epochs or params.ft_epochs
+        values |= {"teacher_epochs": params.teacher_epochs or params.ft_epochs,
+                   "teacher_model_dir": params.teacher_model_dir}  # where it is written
     values |= {f"{file} file": _hash(task_file(params, run, file)) for file in files}
     before = list(STAGES)[: list(STAGES).index(name)]
     return values | ({f"stage {before[-1]}": run.stage(before[-1]).fingerprint} if before else {})

@@ -65,22 +65,15 @@ def load_classifier(checkpoint, labels: list[str], parameter: str):
                  use_safetensors=True, ignore_mismatched_sizes=True)
 
 
+def n_positions(config) -> int:
+    """Sub-words that the position embeddings have room for."""
+    room = getattr(config, "max_position_embeddings", None) or 10**9
+    return room - config.pad_token_id - 1 if "roberta" in config.model_type else room  # it counts from after padding
+
+
 def from_config(config):
     """A float32 token classifier with random weights."""
     return transformers.AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
-
-
-def random_teacher(words: set[str], labels: list[str], folder: Path) -> Path:
-    """Write a tiny untrained BERT (4 layers of width 48, 4 heads) whose WordPiece vocabulary is the letters
-    and the first 2,000 of the words; for dry runs and tests."""
-    letters = sorted({letter for word in words for letter in word})
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters)]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces + sorted(words)[:2000]))}
-    transformers.BertTokenizer(vocab=vocab, do_lower_case=False, strip_accents=False).save_pretrained(folder)
-    from_config(transformers.BertConfig(
-        vocab_size=len(vocab), hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
-        num_labels=len(labels))).save_pretrained(folder)
-    return folder
 
 
 def set_dropout(model, hidden: float, attention: float) -> None:

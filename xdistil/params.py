@@ -13,7 +13,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from xdistil.tables import Table
 
 DEMO_TASK = "demo"  # a generated corpus in place of a task folder
-RANDOM_TEACHER = "random"  # a tiny untrained teacher, for dry runs and tests
 PATH_NAMES = ("task", "model_dir", "transfer_file", "teacher_model_dir")
 CHECKPOINT_NAMES = ("pt_teacher_checkpoint", "pt_student_checkpoint")
 
@@ -43,7 +42,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         "auto", "precision; auto: bfloat16 where the hardware has its arithmetic, else float32")
 
     pt_teacher: str | None = _field(None, "encoder class, such as BertModel; checked against the checkpoint")
-    pt_teacher_checkpoint: str = _field("sentence-transformers/all-MiniLM-L6-v2", "folder or hub name; 'random': tiny")
+    pt_teacher_checkpoint: str = _field("sentence-transformers/all-MiniLM-L6-v2", "encoder: folder or hub name")
     tf_model_check: bool = _field(False, "teacher checkpoint from TensorFlow, not in this version")
     teacher_model_dir: str | None = _field(None, "fine-tuned teacher, reused or written; default: MODEL_DIR/teacher")
     teacher_batch_size: int = _field(32, "sentences of average length per step", ge=1)
@@ -167,7 +166,7 @@ def load_params(experiment="params/demo.yaml", overrides: dict | None = None) ->
         try:
             experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ParamsError(f"{source}: not readable as YAML: {error}") from None
+            raise ParamsError(f"{source}: not readable as YAML: {' '.join(str(error).split())}") from None
     if isinstance(experiment, dict) and set(experiment) == {"experiment"}:
         experiment = experiment["experiment"]
     if not isinstance(experiment, dict) or not isinstance(overrides, dict):

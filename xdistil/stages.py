@@ -16,8 +16,8 @@ from torch import nn
 from xdistil import alignment, data, embeddings, evaluate, losses, models, students
 from xdistil.devices import open_accelerator
 from xdistil.files import save_atomic, save_json, save_text
-from xdistil.inputs import Inputs, depends, given_teacher, task_file, teacher_dir, teacher_source
-from xdistil.params import RANDOM_TEACHER, Params, fingerprint
+from xdistil.inputs import Inputs, check_files, depends, given_teacher, teacher_dir, teacher_source
+from xdistil.params import Params, fingerprint
 from xdistil.runs import STAGES, Run, Stage, describe_changes
 from xdistil.targets import TargetSpec, TargetStore
 from xdistil.training import Feed, Recipe, fit
@@ -84,23 +84,19 @@ def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
         stage.say(f"fine-tuning skipped: {folder} holds a fine-tuned teacher")
         teacher = _load_teacher(params, run, inputs := Inputs(params, run), accelerator.device)
         return {"dev": inputs.score(teacher, "dev", accelerator)[0], **models.size_of(teacher)}
-    if checkpoint == RANDOM_TEACHER:
-        labels = data.read_labels(task_file(params, run, "labels"))
-        words = set().union(*data.read_tagged(task_file(params, run, "train"), labels).words)
-        checkpoint = models.random_teacher(words, labels, stage.dir / "untrained")
-    inputs = Inputs(params, run, str(checkpoint))
+    inputs = Inputs(params, run, checkpoint)
     teacher = models.load_classifier(checkpoint, inputs.labels, "pt_teacher_checkpoint")
     feed, judge = inputs.labelled(params.teacher_batch_size), inputs.dev_f1(accelerator)
     summary = _fit(params, stage, accelerator, teacher, _label_terms, feed, judge, params.teacher_epochs or
                    params.ft_epochs, params.teacher_lr, [("all", [name for name, _ in teacher.named_parameters()])])
     models.save_model(teacher, inputs.tokenizer, folder)
-    save_json(folder / "xdistil.json", {"fine-tuned by": "xdistil", "params": params.model_dump()})
     return {"dev": inputs.score(teacher, "dev", accelerator)[0], **models.size_of(teacher), **summary}
 
 
-def read_configs(params: Params, run: Run, checkpoint: str | None = None, parameter="teacher_model_dir"):
+def read_configs(params: Params, run: Run):
     """Teacher and student config, no weights. Raises CheckpointError if they cannot work together."""
-    teacher = models.load_config(checkpoint or teacher_dir(params, run), parameter)
+    checkpoint, parameter = teacher_source(params, run)
+    teacher = models.load_config(checkpoint, parameter)
     family = (params.pt_teacher or "").removeprefix("TF").removesuffix("Model").lower()
     if family not in ("", teacher.model_type.replace("-", "").replace("_", "")):
         raise models.CheckpointError(f"pt_teacher: {params.pt_teacher!r}, but {parameter} is a {teacher.model_type!r} "
@@ -112,11 +108,13 @@ def read_configs(params: Params, run: Run, checkpoint: str | None = None, parame
     return teacher, student
 
 
-def check_models(params: Params, run: Run) -> None:
-    """`read_configs` before anything runs. Raises CheckpointError naming the parameter and the remedy."""
-    checkpoint, parameter = teacher_source(params, run)
-    if checkpoint != RANDOM_TEACHER:
-        read_configs(params, run, checkpoint, parameter)
+def check(params: Params, run: Run) -> None:
+    """Everything that can be checked before anything is written: device, models (configs only), files.
+
+    Raises ValueError naming the parameter, or the file and line, and the remedy."""
+    open_accelerator(params.device, params.opt_policy, quiet=True)
+    read_configs(params, run)
+    check_files(params, run)
 
 
 @_stage

@@ -5,8 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from xdistil import embeddings, losses
-from xdistil.models import CheckpointError, from_config, load_classifier, load_config, load_tokenizer, run_model
+from xdistil import embeddings, losses, models
 from xdistil.unfreeze import encoder_layers, word_embedding
 
 
@@ -14,7 +13,7 @@ def student_config(teacher_config, init: str, checkpoint: str | None, **sizes):
     """The student's config. `init` is checkpoint, scratch or teacher_layers; `sizes` are hidden_size,
     num_hidden_layers, num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
     if init == "checkpoint":
-        return load_config(checkpoint, "pt_student_checkpoint")
+        return models.load_config(checkpoint, "pt_student_checkpoint")
     if init == "teacher_layers":
         changed = {key: sizes[key] for key in ("num_hidden_layers", "intermediate_size") if sizes[key]}
         return type(teacher_config).from_dict(teacher_config.to_dict() | changed)
@@ -24,7 +23,7 @@ def student_config(teacher_config, init: str, checkpoint: str | None, **sizes):
 
 def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attention: bool) -> None:
     """Raise CheckpointError naming parameter and remedies if teacher and student config cannot work together."""
-    room_t, room_s = (getattr(config, "max_position_embeddings", None) or seq_len for config in (t, s))
+    room_t, room_s = map(models.n_positions, (t, s))
     for wrong, message in (
         (s.num_hidden_layers > t.num_hidden_layers, f"num_hidden_layers: the student has {s.num_hidden_layers}, the "
          f"teacher {t.num_hidden_layers}; choose at most {t.num_hidden_layers}"),
@@ -38,7 +37,7 @@ def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attent
          f"{room_s}; choose at most {min(room_t, room_s)}"),
     ):
         if wrong:
-            raise CheckpointError(message)
+            raise models.CheckpointError(message)
 
 
 def spread(n_student: int, n_teacher: int, layer_map: str) -> list[tuple[int, int]]:
@@ -56,13 +55,14 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
     checkpoint's vocabulary is not the teacher's and `compress` is off."""
     words, origin = word_embedding(teacher), "random"
     if init == "checkpoint":
-        student = load_classifier(checkpoint, labels, "pt_student_checkpoint")
+        student = models.load_classifier(checkpoint, labels, "pt_student_checkpoint")
         new, origin = word_embedding(student).clone(), "the student's own"
-        other = load_tokenizer(checkpoint, "pt_student_checkpoint")
+        other = models.load_tokenizer(checkpoint, "pt_student_checkpoint")
         if other.get_vocab() != tokenizer.get_vocab():
             if not compress:
-                raise CheckpointError(f"pt_student_checkpoint: {checkpoint!r} has another vocabulary than the teacher "
-                                      f"({len(other)}, {len(tokenizer)} pieces); set compress_word_embedding: true")
+                raise models.CheckpointError(f"pt_student_checkpoint: {checkpoint!r} has another vocabulary than the "
+                                             f"teacher ({len(other)}, {len(tokenizer)} pieces); set "
+                                             "compress_word_embedding: true")
             ours, theirs = (t.convert_ids_to_tokens(list(range(len(t)))) for t in (tokenizer, other))
             new, n_shared = embeddings.map_to_student(words[: len(ours)], ours, new[: len(theirs)], theirs)
             origin = f"the teacher's, mapped by {n_shared} shared pieces"
@@ -71,7 +71,7 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
     else:
         config.vocab_size = len(words)
         config.id2label, config.label2id = teacher.config.id2label, teacher.config.label2id
-        student = from_config(config)
+        student = models.from_config(config)
         if init == "teacher_layers":
             copy_layers(teacher, student)
             origin = "the teacher's"
@@ -114,7 +114,7 @@ def head_of(model) -> nn.Linear:
     """The linear classifier [C, H] on the last hidden states; CheckpointError where there is none."""
     head = getattr(model, "classifier", None)
     if not isinstance(head, nn.Linear) or head.in_features != model.config.hidden_size:
-        raise CheckpointError(f"{type(model).__name__} has no linear classifier on its last hidden states")
+        raise models.CheckpointError(f"{type(model).__name__} has no linear classifier on its last hidden states")
     return head
 
 
@@ -135,7 +135,7 @@ def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss
 
     def terms(modules, batch):
         mask, projections, values = batch["attention_mask"], modules["projections"], {}
-        _, states, maps = run_model(modules["student"], batch, True, bool(attention_pairs))
+        _, states, maps = models.run_model(modules["student"], batch, True, bool(attention_pairs))
         for i, (s, _) in enumerate(hidden_pairs):
             state = projections[str(s)](states[s]) if str(s) in projections else states[s]
             values[f"hidden_{s}"] = hidden_fn(state, batch["teacher_hidden"][:, :, i], mask)

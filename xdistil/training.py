@@ -126,7 +126,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         steps: (name, names of the parameters that learn), see `unfreeze.unfreezing_steps`.
         folder: gets history.jsonl and checkpoint.safetensors; an interrupted call goes on from there and ends with
             the numbers of an uninterrupted one (CPU, float32).
-        weights: the weight of the terms whose name starts with the key; 1 for all others.
+        weights: the weight of the terms by the first part of their name, up to "_"; 1 for all others.
     Returns: metric, score, updates, epochs, seconds, windows_per_second.
     Raises FloatingPointError when the loss stops being finite; the last checkpoint stays.
     """
@@ -191,7 +191,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * lr_factor(min(done, 1), recipe.warmup_ratio, recipe.lr_schedule)
                     found = objective(batch)
-                    loss = sum(_weight(weights, key) * value for key, value in found.items())
+                    loss = sum((weights or {}).get(key.split("_")[0], 1.0) * value for key, value in found.items())
                     accelerator.backward(loss)
                     accelerator.clip_grad_norm_(members.values(), recipe.max_grad_norm)
                     optimizer.step()
@@ -226,7 +226,3 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
     metric = next(r["metric"] for r in reversed(records) if r["kind"] == "eval")
     return {"metric": metric, "score": at.best, "updates": at.updates, "epochs": at.epochs_run,
             "seconds": round(at.seconds, 2), "windows_per_second": round(at.windows / at.seconds, 1)}
-
-
-def _weight(weights: dict[str, float] | None, term: str) -> float:
-    return next((w for prefix, w in (weights or {}).items() if term.startswith(prefix)), 1.0)

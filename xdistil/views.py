@@ -1,32 +1,21 @@
 """What notebooks and the command line show of a run: tables, and one sentence looked at closely."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from xdistil import data, models
 from xdistil.devices import open_accelerator
 from xdistil.inputs import Inputs, teacher_dir, teacher_source
-from xdistil.params import RANDOM_TEACHER, Params
+from xdistil.params import Params
 from xdistil.runs import Run, Stage
 from xdistil.stages import layer_pairs, read_configs
 from xdistil.tables import Table
 from xdistil.targets import TargetSpec
 
 
-def _unstarted(params: Params, run: Run) -> Inputs:
-    """Inputs before the teacher is fine-tuned."""
-    checkpoint = teacher_source(params, run)[0]
-    if checkpoint == RANDOM_TEACHER:  # its own tokenizer is made in stage 1; words are counted here
-        checkpoint = models.random_teacher({"a"}, ["O"], Path(tempfile.mkdtemp()))
-    return Inputs(params, run, str(checkpoint))
-
-
 def describe(params: Params, run: Run) -> list[Table]:
     """Tables of the task: counts and lengths per file, words per label, sentences found in two files."""
-    inputs, files, texts, tags = _unstarted(params, run), [], {}, {}
+    inputs, files, texts, tags = Inputs(params, run, teacher_source(params, run)[0]), [], {}, {}
     for name in ("train", "dev", "test", "transfer"):
         sentences, examples = inputs.read(name)
         texts[name] = set(map(" ".join, sentences.words))
@@ -45,10 +34,7 @@ def describe(params: Params, run: Run) -> list[Table]:
 
 def needs(params: Params, run: Run) -> Table:
     """Memory of weights and training state, and disk for teacher outputs, in GB (1e9 bytes)."""
-    inputs, source = _unstarted(params, run), teacher_source(params, run)
-    if source[0] == RANDOM_TEACHER:
-        source = (str(inputs.tokenizer.name_or_path), source[1])
-    teacher, student = read_configs(params, run, *source)
+    inputs, (teacher, student) = Inputs(params, run, teacher_source(params, run)[0]), read_configs(params, run)
     hidden, maps = layer_pairs(params, teacher, student)
     spec = TargetSpec(tuple(t for _, t in hidden), tuple(t for _, t in maps))
     student.vocab_size = teacher.vocab_size

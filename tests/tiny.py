@@ -1,0 +1,20 @@
+"""A tiny untrained teacher, made on the spot; tests/data/tiny-teacher is one, for params/smoke.yaml."""
+
+from pathlib import Path
+
+import transformers
+
+from xdistil.models import from_config
+
+
+def random_teacher(words: set[str], labels: list[str], folder: Path) -> Path:
+    """Write a tiny untrained BERT (4 layers of width 48, 4 heads) whose WordPiece vocabulary is the letters
+    and the first 2,000 of the words; for dry runs and tests."""
+    letters = sorted({letter for word in words for letter in word})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces + sorted(words)[:2000]))}
+    transformers.BertTokenizer(vocab=vocab, do_lower_case=False, strip_accents=False).save_pretrained(folder)
+    from_config(transformers.BertConfig(
+        vocab_size=len(vocab), hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
+        num_labels=len(labels))).save_pretrained(folder)
+    return folder
