@@ -208,7 +208,7 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
                      for w in range(start, end) for nth, piece in enumerate(pieces[w][:capacity])]
             ids += [*before, *(piece for piece, _ in shown), *after]
             owned = [-1] * len(before) + [w for _, w in shown] + [-1] * len(after)
-            tags += [label_id[sentences.tags[i][w]] if labels and w >= 0 else IGNORED for w in owned]
+            tags += [label_id[sentences.tags[i][w]] if labels and sentences.tags and w >= 0 else IGNORED for w in owned]
             words += owned
             offsets.append(len(ids))
             owners.append(i)

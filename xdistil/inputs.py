@@ -35,14 +35,6 @@ def task_file(params: Params, run: Run, name: str) -> Path:
     return Path(params.transfer_file if name == "transfer" and params.transfer_file else folder / f"{name}.tsv")
 
 
-def check_files(params: Params, run: Run) -> None:
-    """Read every file of the task once. Raises DataError naming file and line for bad input."""
-    labels = Inputs(params, run, teacher_source(params, run)[0]).labels
-    for name in ("train", "dev", "test"):
-        data.read_tagged(task_file(params, run, name), labels)
-    data.read_text(task_file(params, run, "transfer"))
-
-
 @functools.lru_cache(maxsize=64)
 def _hash_as_it_is(path: Path, _changed: int, _size: int) -> str:
     return hash_file(path)
@@ -98,7 +90,7 @@ class Inputs:
     encoded files of a run, read when first used. Raises CheckpointError if that teacher has other labels."""
 
     def __init__(self, params: Params, run: Run, source: str | None = None):
-        self.params, self.run, self.read = params, run, functools.cache(self._read)
+        self.params, self.run, self.read = params, run, functools.cache(self._encoded)
         folder, parameter = teacher_dir(params, run), "teacher_model_dir"
         self.labels = data.read_labels(task_file(params, run, "labels"))
         if source is None or given_teacher(params, run):
@@ -110,15 +102,16 @@ class Inputs:
         self.tokenizer = models.load_tokenizer(source or folder, parameter)
         self.pad_id = self.tokenizer.pad_token_id
 
-    def _read(self, name: str) -> tuple[data.Sentences, data.Examples]:
-        """Sentences and windows of train, dev, test or transfer."""
+    def sentences(self, name: str) -> data.Sentences:
+        """The sentences of train, dev, test or transfer. Raises DataError naming file and line."""
         path, p = task_file(self.params, self.run, name), self.params
         if name == "transfer":
-            sentences, labels = data.read_text(path, p.transfer_limit, p.seed), ()
-        else:
-            limit, labels = p.train_limit if name == "train" else None, self.labels
-            sentences = data.read_tagged(path, labels, limit, p.seed)
-        return sentences, data.encode(sentences, self.tokenizer, p.seq_len, labels)
+            return data.read_text(path, p.transfer_limit, p.seed)
+        return data.read_tagged(path, self.labels, p.train_limit if name == "train" else None, p.seed)
+
+    def _encoded(self, name: str) -> tuple[data.Sentences, data.Examples]:
+        sentences = self.sentences(name)
+        return sentences, data.encode(sentences, self.tokenizer, self.params.seq_len, self.labels)
 
     def score(self, model, name: str, accelerator) -> tuple[dict, list[list[str]]]:
         """Scores on train, dev or test, and the predicted tags."""

@@ -2,7 +2,6 @@
 safetensors only, remote code is never run."""
 
 import importlib
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -100,16 +99,9 @@ def run_model(model, batch: dict, hidden_states: bool = False, attentions: bool 
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    """Write a Hugging Face folder; config.json comes last, so a folder that loads is whole."""
-    writing = folder / ".writing"
-    model.save_pretrained(writing)
-    tokenizer.save_pretrained(writing)
-    (folder / "config.json").unlink(missing_ok=True)
-    for path in sorted(writing.iterdir(), key=lambda path: path.name == "config.json"):
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(path, folder / path.name)
-    writing.rmdir()
+    """Write a Hugging Face folder; it is whole once the stage that writes it is marked done."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def size_of(model) -> dict[str, int]:

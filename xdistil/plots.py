@@ -57,6 +57,8 @@ def _heat_map(matrix, title, label, vmax, **settings):
 def plot_history(history, title):
     """Records of history.jsonl by optimizer update: the loss and its terms above, the held-out metric (F1 in percent)
     with a star at its best below; dotted lines where an unfreezing step begins."""
+    if not history:
+        return _figure(f"{title}: nothing was trained here", 1)[0]
     fig, (top, low) = _figure(title, 6.6, rows=2)
     train, evals = ([r for r in history if r["kind"] == kind] for kind in ("train", "eval"))
     terms = [k for k in train[0] if k not in ("kind", "step", "step_name", "epoch", "update", "lr")]

@@ -16,7 +16,7 @@ from torch import nn
 from xdistil import alignment, data, embeddings, evaluate, losses, models, students
 from xdistil.devices import open_accelerator
 from xdistil.files import save_atomic, save_json, save_text
-from xdistil.inputs import Inputs, check_files, depends, given_teacher, teacher_dir, teacher_source
+from xdistil.inputs import Inputs, depends, given_teacher, teacher_dir, teacher_source
 from xdistil.params import Params, fingerprint
 from xdistil.runs import STAGES, Run, Stage, describe_changes
 from xdistil.targets import TargetSpec, TargetStore
@@ -114,7 +114,9 @@ def check(params: Params, run: Run) -> None:
     Raises ValueError naming the parameter, or the file and line, and the remedy."""
     open_accelerator(params.device, params.opt_policy, quiet=True)
     read_configs(params, run)
-    check_files(params, run)
+    inputs = Inputs(params, run, teacher_source(params, run)[0])
+    for name in ("train", "dev", "test", "transfer"):
+        inputs.sentences(name)
 
 
 @_stage
