@@ -9,11 +9,15 @@ from xdistil.losses import attention_kl
 from xdistil.models import run_model
 
 
+def _unit(states: torch.Tensor) -> torch.Tensor:
+    """States [n, H], centred and scaled so that their CKA with themselves is 1 (0 where all are the same)."""
+    states = states.double() - states.double().mean(0)
+    return states / torch.linalg.norm(states.T @ states).clamp(min=1e-30).sqrt()
+
+
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
     """Linear centred kernel alignment of [n, H_1] and [n, H_2] (Kornblith et al. 2019), 0..1."""
-    x, y = (z.double() - z.double().mean(0) for z in (x, y))
-    scale = torch.linalg.norm(x.T @ x) * torch.linalg.norm(y.T @ y)
-    return float(torch.linalg.norm(y.T @ x) ** 2 / scale) if scale > 0 else 0.0
+    return float(torch.linalg.norm(_unit(y).T @ _unit(x)) ** 2)
 
 
 @torch.inference_mode()
@@ -44,5 +48,6 @@ def measure_alignment(teacher, student, projections, examples: Examples, pad_id:
     cosine = [float(F.cosine_similarity(state, all_t[t], dim=-1).mean())
               for state, (_, t) in zip(projected, hidden_pairs, strict=True)]
     kl = np.average(divergence, axis=0, weights=weights).tolist()
-    return {"cka": [[linear_cka(t, s) for s in all_s] for t in all_t], "cosine": cosine, "attention_kl": kl,
-            "hidden_pairs": hidden_pairs, "attention_pairs": attention_pairs}
+    unit_t, unit_s = list(map(_unit, all_t)), list(map(_unit, all_s))
+    return {"cka": [[float(torch.linalg.norm(s.T @ t) ** 2) for s in unit_s] for t in unit_t], "cosine": cosine,
+            "attention_kl": kl, "hidden_pairs": hidden_pairs, "attention_pairs": attention_pairs}

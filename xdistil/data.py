@@ -199,7 +199,7 @@ class Examples:
 
 def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()) -> Examples:
     """Token ids of sentences; longer ones become overlapping windows of at most `seq_len` sub-words."""
-    before, after = special_tokens(tokenizer)
+    (before, after), tagged = special_tokens(tokenizer), labels and sentences.tags
     capacity, label_id = seq_len - len(before) - len(after), {label: i for i, label in enumerate(labels)}
     ids, tags, words, offsets, owners = [], [], [], [0], []
     for i, pieces in enumerate(word_pieces(tokenizer, sentences.words)):
@@ -208,7 +208,7 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
                      for w in range(start, end) for nth, piece in enumerate(pieces[w][:capacity])]
             ids += [*before, *(piece for piece, _ in shown), *after]
             owned = [-1] * len(before) + [w for _, w in shown] + [-1] * len(after)
-            tags += [label_id[sentences.tags[i][w]] if labels and sentences.tags and w >= 0 else IGNORED for w in owned]
+            tags += [label_id[sentences.tags[i][w]] if tagged and w >= 0 else IGNORED for w in owned]
             words += owned
             offsets.append(len(ids))
             owners.append(i)
