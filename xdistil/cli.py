@@ -96,7 +96,7 @@ def run_notebooks(params: Params) -> int:
             execute_notebook(repo_root() / "notebooks" / notebook.name, notebook,
                              {"experiment": params.model_dump(exclude_none=True)}, kernel_name="python3",
                              cwd=str(repo_root()), progress_bar=False, stdout_file=lines,
-                             extra_arguments=["--log-level=ERROR"])
+                             extra_arguments=["--log-level=CRITICAL"])
         except (PapermillExecutionError, DeadKernelError) as error:
             bar.close()
             why = (f"cell {error.exec_count}: {error.ename}: {error.evalue}" if hasattr(error, "evalue")
