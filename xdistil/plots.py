@@ -46,7 +46,8 @@ def _heat_map(matrix, title, label, vmax, **settings):
     """Colours from 0 to `vmax`, NaN grey, row 0 at the bottom; values in the cells unless too many."""
     rows, cols = matrix.shape
     size = min(1.7 + 0.36 * rows, 8), min(max(7.6, 3.4 + 0.62 * cols), 11.6)  # wide enough for the title
-    fig, ax = _figure(title, *size, grid=False, facecolor="#cccccc", xticks=range(cols), yticks=range(rows), **settings)
+    labels = dict(xticks=range(cols), yticks=range(rows), **settings)
+    fig, ax = _figure(title, *size, grid=False, facecolor="#cccccc", **labels)
     fig.colorbar(ax.imshow(matrix, "cividis", vmin=0, vmax=vmax, aspect="auto", origin="lower"), label=label)
     for row, col in np.argwhere(np.isfinite(matrix)) if max(rows, cols) <= 16 else ():
         ink = "white" if matrix[row, col] < 0.55 * vmax else "black"
