@@ -27,11 +27,9 @@ FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "
 
 def task_file(params: Params, run: Run, name: str) -> Path:
     """The path of train, dev, test, labels or transfer; writes the demo corpus when first asked."""
-    folder = Path(params.task)
-    if params.task == DEMO_TASK:
-        folder = run.dir / "task"
-        if not (folder / "transfer.tsv").is_file():
-            demo_data.write_demo_corpus(folder)
+    folder = run.dir / "task" if params.task == DEMO_TASK else Path(params.task)
+    if params.task == DEMO_TASK and not (folder / "transfer.tsv").is_file():
+        demo_data.write_demo_corpus(folder)
     return Path(params.transfer_file if name == "transfer" and params.transfer_file else folder / f"{name}.tsv")
 
 
@@ -52,9 +50,8 @@ def teacher_dir(params: Params, run: Run) -> Path:
 
 def given_teacher(params: Params, run: Run) -> Path | None:
     """The folder of a fine-tuned teacher that teacher_model_dir holds and this run did not write."""
-    begun = read_json(run.dir / "teacher/begun.json", {})
-    ours = begun.get("teacher_model_dir") in (None, params.teacher_model_dir) and "teacher_model_dir" in begun
-    folder = teacher_dir(params, run)
+    begun, folder = read_json(run.dir / "teacher/begun.json", {}), teacher_dir(params, run)
+    ours = "teacher_model_dir" in begun and begun["teacher_model_dir"] in (None, params.teacher_model_dir)
     return folder if params.teacher_model_dir and not ours and any(folder.glob("*.safetensors")) else None
 
 
@@ -86,20 +83,20 @@ def is_done(params: Params, run: Run, name: str) -> bool:
 
 
 class Inputs:
-    """Tokenizer (of the checkpoint `source`; default: the fine-tuned teacher), labels (in the teacher's order) and
-    encoded files of a run, read when first used. Raises CheckpointError if that teacher has other labels."""
+    """Tokenizer of the teacher (the fine-tuned one as soon as there is one), labels in its order, and encoded files of
+    a run, read when first used. Raises CheckpointError if a fine-tuned teacher has other labels."""
 
-    def __init__(self, params: Params, run: Run, source: str | None = None):
+    def __init__(self, params: Params, run: Run):
         self.params, self.run, self.read = params, run, functools.cache(self._encoded)
-        folder, parameter = teacher_dir(params, run), "teacher_model_dir"
+        source, parameter = teacher_source(params, run)
         self.labels = data.read_labels(task_file(params, run, "labels"))
-        if source is None or given_teacher(params, run):
-            known = models.load_config(folder, parameter).id2label
+        if parameter == "teacher_model_dir":
+            known = models.load_config(source, parameter).id2label
             if set(known.values()) != set(self.labels):
-                raise models.CheckpointError(f"{parameter}: {folder} has labels {sorted(known.values())}, labels.tsv "
+                raise models.CheckpointError(f"{parameter}: {source} has labels {sorted(known.values())}, labels.tsv "
                                              f"{sorted(self.labels)}; give a teacher of this task")
             self.labels = [known[i] for i in range(len(known))]
-        self.tokenizer = models.load_tokenizer(source or folder, parameter)
+        self.tokenizer = models.load_tokenizer(source, parameter)
         self.pad_id = self.tokenizer.pad_token_id
 
     def sentences(self, name: str) -> data.Sentences:
@@ -119,18 +116,17 @@ class Inputs:
         tags = evaluate.predict_tags(model, examples, gold.words, self.labels, self.pad_id, accelerator)
         return evaluate.score(gold, tags), tags
 
-    def dev_f1(self, accelerator):
-        """An `evaluate` for `fit`: macro F1 over languages on dev."""
-        def judge(model):
-            scores, _ = self.score(model, "dev", accelerator)
-            return {"metric": "dev macro F1", "score": scores["macro"], "micro": scores["micro"]}
-        return judge
+    def dev_f1(self, accelerator, model) -> dict:
+        """Macro F1 over languages on dev, as `fit` takes it."""
+        scores, _ = self.score(model, "dev", accelerator)
+        return {"metric": "dev macro F1", "score": scores["macro"], "micro": scores["micro"]}
 
     def labelled(self, batch_size: int) -> Feed:
         """The training set as a feed for `fit`."""
+        _, examples = self.read("train")
+
         def batches(pass_number: int, _chunk: int):
             for rows in data.batches(examples.lengths, batch_size, self.params.seed + 7919 * pass_number):
                 yield data.collate(examples, rows, self.pad_id)
 
-        _, examples = self.read("train")
         return Feed(batches, len(examples))

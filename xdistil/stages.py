@@ -79,17 +79,15 @@ def _label_terms(model, batch):
 @_stage
 def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     """1. Fine-tune the teacher on labels; or score the one in teacher_model_dir, which stays as it is."""
-    checkpoint, folder = params.pt_teacher_checkpoint, teacher_dir(params, run)
+    (source, parameter), inputs, summary = teacher_source(params, run), Inputs(params, run), {}
+    teacher = models.load_classifier(source, inputs.labels, parameter).to(accelerator.device)
     if given_teacher(params, run):
-        stage.say(f"fine-tuning skipped: {folder} holds a fine-tuned teacher")
-        teacher = _load_teacher(params, run, inputs := Inputs(params, run), accelerator.device)
-        return {"dev": inputs.score(teacher, "dev", accelerator)[0], **models.size_of(teacher)}
-    inputs = Inputs(params, run, checkpoint)
-    teacher = models.load_classifier(checkpoint, inputs.labels, "pt_teacher_checkpoint")
-    feed, judge = inputs.labelled(params.teacher_batch_size), inputs.dev_f1(accelerator)
-    summary = _fit(params, stage, accelerator, teacher, _label_terms, feed, judge, params.teacher_epochs or
-                   params.ft_epochs, params.teacher_lr, [("all", [name for name, _ in teacher.named_parameters()])])
-    models.save_model(teacher, inputs.tokenizer, folder)
+        stage.say(f"fine-tuning skipped: {source} holds a fine-tuned teacher")
+    else:
+        feed, judge = inputs.labelled(params.teacher_batch_size), functools.partial(inputs.dev_f1, accelerator)
+        summary = _fit(params, stage, accelerator, teacher, _label_terms, feed, judge, params.teacher_epochs or
+                       params.ft_epochs, params.teacher_lr, [("all", list(dict(teacher.named_parameters())))])
+        models.save_model(teacher, inputs.tokenizer, teacher_dir(params, run))
     return {"dev": inputs.score(teacher, "dev", accelerator)[0], **models.size_of(teacher), **summary}
 
 
@@ -109,12 +107,11 @@ def read_configs(params: Params, run: Run):
 
 
 def check(params: Params, run: Run) -> None:
-    """Everything that can be checked before anything is written: device, models (configs only), files.
-
-    Raises ValueError naming the parameter, or the file and line, and the remedy."""
+    """Everything that can be checked before anything is written: device, models (configs only), files. Raises
+    ValueError naming the parameter, or the file and line, and the remedy."""
     open_accelerator(params.device, params.opt_policy, quiet=True)
     read_configs(params, run)
-    inputs = Inputs(params, run, teacher_source(params, run)[0])
+    inputs = Inputs(params, run)
     for name in ("train", "dev", "test", "transfer"):
         inputs.sentences(name)
 
@@ -230,7 +227,7 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
 def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     """5. Stage 3: cross-entropy on labels, with gradual unfreezing; dev F1 selects."""
     inputs = Inputs(params, run)
-    feed, judge = inputs.labelled(params.student_ft_batch_size), inputs.dev_f1(accelerator)
+    feed, judge = inputs.labelled(params.student_ft_batch_size), functools.partial(inputs.dev_f1, accelerator)
     return _train_downwards(params, run, stage, accelerator, inputs, "logits", _label_terms, feed, judge,
                             params.ft_epochs, params.ft_lr)
 

@@ -5,7 +5,7 @@ import torch
 
 from xdistil import data, models
 from xdistil.devices import open_accelerator
-from xdistil.inputs import Inputs, teacher_dir, teacher_source
+from xdistil.inputs import Inputs, teacher_dir
 from xdistil.params import Params
 from xdistil.runs import Run, Stage
 from xdistil.stages import layer_pairs, read_configs
@@ -15,7 +15,7 @@ from xdistil.targets import TargetSpec
 
 def describe(params: Params, run: Run) -> list[Table]:
     """Tables of the task: counts and lengths per file, words per label, sentences found in two files."""
-    inputs, files, texts, tags = Inputs(params, run, teacher_source(params, run)[0]), [], {}, {}
+    inputs, files, texts, tags = Inputs(params, run), [], {}, {}
     for name in ("train", "dev", "test", "transfer"):
         sentences, examples = inputs.read(name)
         texts[name] = set(map(" ".join, sentences.words))
@@ -34,7 +34,7 @@ def describe(params: Params, run: Run) -> list[Table]:
 
 def needs(params: Params, run: Run) -> Table:
     """Memory of weights and training state, and disk for teacher outputs, in GB (1e9 bytes)."""
-    inputs, (teacher, student) = Inputs(params, run, teacher_source(params, run)[0]), read_configs(params, run)
+    inputs, (teacher, student) = Inputs(params, run), read_configs(params, run)
     hidden, maps = layer_pairs(params, teacher, student)
     spec = TargetSpec(tuple(t for _, t in hidden), tuple(t for _, t in maps))
     student.vocab_size = teacher.vocab_size
