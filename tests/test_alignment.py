@@ -14,7 +14,7 @@ def test_cka_of_itself_is_one_whatever_the_rotation_scale_and_shift():
     x = torch.randn(50, 6)
     rotation = torch.linalg.qr(torch.randn(6, 6)).Q
     for y in (x, 3 * x, x @ rotation, -0.1 * x @ rotation + 5):
-        assert linear_cka(x, y) == pytest.approx(1, abs=1e-6)
+        assert linear_cka([x], [y])[0] == pytest.approx([1], abs=1e-6)
 
 
 @pytest.mark.parametrize("x, y, value", [
@@ -24,11 +24,11 @@ def test_cka_of_itself_is_one_whatever_the_rotation_scale_and_shift():
     ([[1], [1]], [[1], [2]], 0.0)])  # a constant is like nothing
 def test_cka_by_hand(x, y, value):
     x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
-    assert linear_cka(x, y) == pytest.approx(value, abs=1e-6) == linear_cka(y, x)
+    assert linear_cka([x], [y])[0] == pytest.approx([value], abs=1e-6) == linear_cka([y], [x])[0]
 
 
 def test_cka_of_unrelated_states_is_small():
-    assert linear_cka(torch.randn(4000, 6), torch.randn(4000, 3)) < 0.02
+    assert linear_cka([torch.randn(4000, 6)], [torch.randn(4000, 3)])[0][0] < 0.02
 
 
 def test_a_teacher_is_perfectly_aligned_with_itself(teacher, examples):

@@ -9,15 +9,15 @@ from xdistil.losses import attention_kl
 from xdistil.models import run_model
 
 
-def _unit(states: torch.Tensor) -> torch.Tensor:
-    """States [n, H], centred and scaled so that their CKA with themselves is 1 (0 where all are the same)."""
-    states = states.double() - states.double().mean(0)
-    return states / torch.linalg.norm(states.T @ states).clamp(min=1e-30).sqrt()
+def linear_cka(rows: torch.Tensor, columns: torch.Tensor) -> list[list[float]]:
+    """Linear centred kernel alignment (Kornblith et al. 2019), 0..1, of each of `rows` [L_1, n, H_1] with each of
+    `columns` [L_2, n, H_2]; 0 where all n are the same."""
+    def unit(states):  # centred and scaled so that their CKA with themselves is 1
+        states = states.double() - states.double().mean(0)
+        return states / torch.linalg.norm(states.T @ states).clamp(min=1e-30).sqrt()
 
-
-def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Linear centred kernel alignment of [n, H_1] and [n, H_2] (Kornblith et al. 2019), 0..1."""
-    return float(torch.linalg.norm(_unit(y).T @ _unit(x)) ** 2)
+    columns = list(map(unit, columns))
+    return [[float(torch.linalg.norm(y.T @ x) ** 2) for y in columns] for x in map(unit, rows)]
 
 
 @torch.inference_mode()
@@ -27,8 +27,7 @@ def measure_alignment(teacher, student, projections, examples: Examples, pad_id:
     Args: hidden_pairs: (student, teacher) hidden-state indices 0..L; attention_pairs: (student, teacher) layers 1..L
         of equal head counts, eager attention; projections: see `students.make_projections`.
     Returns: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after projection; `attention_kl` [pair][head] in nats;
-        and the pairs.
-    """
+        and the pairs."""
     teacher.eval(), student.eval()
     some = np.linspace(0, len(examples) - 1, min(n_windows, len(examples))).astype(int)
     kept_t, kept_s, divergence, weights = [], [], [], []
@@ -47,7 +46,6 @@ def measure_alignment(teacher, student, projections, examples: Examples, pad_id:
     projected = [projections[str(s)](all_s[s]) if str(s) in projections else all_s[s] for s, _ in hidden_pairs]
     cosine = [float(F.cosine_similarity(state, all_t[t], dim=-1).mean())
               for state, (_, t) in zip(projected, hidden_pairs, strict=True)]
-    kl = np.average(divergence, axis=0, weights=weights).tolist()
-    unit_t, unit_s = list(map(_unit, all_t)), list(map(_unit, all_s))
-    return {"cka": [[float(torch.linalg.norm(s.T @ t) ** 2) for s in unit_s] for t in unit_t], "cosine": cosine,
-            "attention_kl": kl, "hidden_pairs": hidden_pairs, "attention_pairs": attention_pairs}
+    return {"cka": linear_cka(all_t, all_s), "cosine": cosine,
+            "attention_kl": np.average(divergence, axis=0, weights=weights).tolist(),
+            "hidden_pairs": hidden_pairs, "attention_pairs": attention_pairs}
