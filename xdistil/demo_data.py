@@ -1,10 +1,8 @@
-"""A made-up NER corpus in up to six languages, for trying the kit without any download.
-
-Hand-written patterns are filled with names, for people of Faker's word lists. The test part is real generalisation:
-its patterns, its names, and the first names, last names and places in them occur nowhere else. `demo_patterns.tsv` has
-the columns language, kind, text: kinds `train` and `test` hold a pattern per line, every other kind a list separated
-by " | "; {LAST} stands for an entry of the list `last`, # for digits.
-"""
+"""A made-up NER corpus in up to six languages, without any download: hand-written patterns filled with names, for
+people of Faker's word lists. The test part is real generalisation: its patterns, its names, and the first names, last
+names and places in them occur nowhere else. `demo_patterns.tsv` has the columns language, kind, text: kinds `train`
+and `test` hold a pattern per line, every other kind a list separated by " | "; {LAST} stands for an entry of the list
+`last`, # for digits."""
 
 import hashlib
 import random
@@ -27,15 +25,12 @@ def read_patterns() -> dict:
     return tables
 
 
-def _held_out(name):
-    return hashlib.sha256(name.split()[-1].casefold().encode()).digest()[0] < 64
-
-
 def name_lists(table: dict, part: str) -> dict:
-    """A language's table with the names of one part, train or test; Faker gives first and last names.
+    """A language's table with the names of one part, train or test; Faker gives first and last names. A name's last
+    word decides, whatever seed and language; about a quarter are for the test. ImportError: no faker."""
+    def held_out(name):
+        return hashlib.sha256(name.split()[-1].casefold().encode()).digest()[0] < 64
 
-    A name's last word decides, whatever seed and language; about a quarter are for the test. ImportError: no faker.
-    """
     try:  # only its word lists: Faker's generators draw in an order of their own
         person = import_module(f"faker.providers.person.{table['locale'][0]}").Provider
     except ImportError as error:
@@ -44,7 +39,7 @@ def name_lists(table: dict, part: str) -> dict:
              "last": {*person.last_names, *table.get("last", ())}}
     kinds = {kind: {name for name in names if re.fullmatch(r"[^\d(.,/ ]{2,}", name)} for kind, names in kinds.items()}
     kinds |= {"place": table["place"], "syllable": table.get("syllable", ())}
-    return table | {kind: [name for name in sorted(names) if _held_out(name) == (part == "test")]  # sets have no order
+    return table | {kind: [name for name in sorted(names) if held_out(name) == (part == "test")]  # sets have no order
                     for kind, names in kinds.items()}
 
 
@@ -70,35 +65,32 @@ def make_line(pattern: str, lists: dict, rng: random.Random) -> tuple:
 
 def write_demo_corpus(folder, *, seed=13, languages=("en", "de", "es", "fr", "pt", "vi"), n_train=1020, n_dev=210,
                       n_test=480, n_transfer=2400) -> dict:
-    """Write train.tsv, dev.tsv, test.tsv, transfer.tsv and labels.tsv into `folder`.
-
-    Sizes count sentences, shared evenly by the languages. Columns, with tabs between, are words, IOB2 tags, language;
-    transfer lines are words only. Returns {file stem: number of lines}. ImportError: no faker; ValueError: unknown
-    language, or more sentences than the patterns can give.
-    """
+    """Write train.tsv, dev.tsv, test.tsv, transfer.tsv and labels.tsv into `folder`; returns {file stem: number of
+    lines}. Sizes count sentences, shared evenly by the languages. Columns, with tabs between, are words, IOB2 tags,
+    language; transfer lines are words only. ImportError: no faker; ValueError: unknown language, or more sentences
+    than the patterns can give."""
     tables, seen, used = read_patterns(), set(), set()
     if not languages or not set(languages) <= set(tables):
         raise ValueError(f"languages must be some of {', '.join(tables)}, not {languages!r}")
     sizes = {"train": n_train, "dev": n_dev, "test": n_test, "transfer": n_transfer}
     files = {"labels": list(LABELS), **{part: [] for part in sizes}}
     for kind, parts in (("test", ["test"]), ("train", ["train", "dev", "transfer"])):
-        rng, barred, misses = random.Random(f"{seed} {kind}"), frozenset(used), 0
+        rng, barred = random.Random(f"{seed} {kind}"), frozenset(used)
         lists = {language: name_lists(tables[language], kind) for language in languages}
         owed = [(part, languages[i % len(languages)]) for part in parts for i in range(sizes[part])]
         rng.shuffle(owed)  # patterns without slots run out early
-        while owed:
-            part, language = owed[-1]
-            words, tags, names = make_line(rng.choice(lists[language][kind]), lists[language], rng)
-            text, misses = f" {' '.join(words).casefold()} ", misses + 1
-            if misses > 3000:
+        for part, language in reversed(owed):
+            for _ in range(3000):
+                words, tags, names = make_line(rng.choice(lists[language][kind]), lists[language], rng)
+                text = f" {' '.join(words).casefold()} "
+                if text not in seen and not any(name in text for name in barred):
+                    break
+            else:
                 raise ValueError("the patterns give no more different sentences; ask for fewer")
-            if text not in seen and not any(name in text for name in barred):
-                line = [" ".join(words), " ".join(tags), language]
-                files[part].append("\t".join(line[:1] if part == "transfer" else line))
-                owed.pop()
-                seen.add(text)
-                used.update(names)
-                misses = 0
+            seen.add(text)
+            used.update(names)
+            line = [" ".join(words), " ".join(tags), language]
+            files[part].append("\t".join(line[:1] if part == "transfer" else line))
     for part, lines in files.items():
         save_text(Path(folder, f"{part}.tsv"), "".join(f"{line}\n" for line in lines))
     return {part: len(lines) for part, lines in files.items()}
