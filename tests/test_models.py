@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForTokenClassification,
     BertConfig,
     DistilBertConfig,
@@ -20,7 +19,6 @@ from transformers import (
 from xdistil.models import (
     PACKAGED,
     CheckpointError,
-    find_checkpoint,
     from_config,
     load_classifier,
     load_config,
@@ -169,11 +167,13 @@ def test_parameters_are_counted():
 def test_the_packaged_teacher_is_found_without_a_hub():
     name = "sentence-transformers/all-MiniLM-L6-v2"
     pytest.importorskip(PACKAGED[name], reason="the packaged copy of the default teacher is not installed")
-    config = AutoConfig.from_pretrained(find_checkpoint(name))
+    config = load_config(name)
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("bert", 6, 384)
     assert len(load_tokenizer(name)) == config.vocab_size
 
 
-def test_other_names_are_left_alone(tmp_path):
-    assert find_checkpoint("nobody/such-model") == "nobody/such-model"
-    assert find_checkpoint(str(tmp_path)) == str(tmp_path)
+def test_a_folder_wins_over_the_packaged_teacher(teacher_folder, tmp_path, monkeypatch):
+    name = next(iter(PACKAGED))
+    shutil.copytree(teacher_folder, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).hidden_size == 48

@@ -1,5 +1,4 @@
-"""Models as they come: find, load, check, run and save Hugging Face token classifiers. Weights are read from
-safetensors only, remote code is never run."""
+"""Hugging Face token classifiers: load, check, run, save. Weights come from safetensors, remote code is never run."""
 
 import importlib
 from contextlib import suppress
@@ -19,22 +18,18 @@ class CheckpointError(ValueError):
     """A checkpoint is absent, or does not fit the parameters or the other model."""
 
 
-def find_checkpoint(checkpoint: str) -> str:
-    """A folder where there is one (the packaged copy of a hub model included), else the hub name."""
-    if checkpoint in PACKAGED and not Path(checkpoint).is_dir():
-        with suppress(ImportError):
-            return str(importlib.import_module(PACKAGED[checkpoint]).get_model_path())
-    return checkpoint
-
-
 def _load(loader, checkpoint, parameter: str, **options):
     transformers.logging.set_verbosity_error()  # its load report names the new head, which is expected here
     transformers.logging.disable_progress_bar()
+    source, is_folder = str(checkpoint), Path(checkpoint).is_dir()
+    if source in PACKAGED and not is_folder:
+        with suppress(ImportError):
+            source = str(importlib.import_module(PACKAGED[source]).get_model_path())
     try:
-        return loader.from_pretrained(find_checkpoint(str(checkpoint)), **options)
+        return loader.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
         reason, remedy = str(error).strip().splitlines()[0], "give a folder, or a hub name on a machine with network"
-        if Path(checkpoint).is_dir():
+        if is_folder:
             remedy = "the folder needs config.json, tokenizer.json and model.safetensors"
         raise CheckpointError(f"{parameter}: cannot load {str(checkpoint)!r} ({reason}); {remedy}") from None
 
@@ -106,6 +101,4 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 def size_of(model) -> dict[str, int]:
     """Parameters in all, and without the embedding tables (words, positions, types)."""
-    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    total = sum(p.numel() for p in model.parameters())
-    return {"parameters": total, "non_embedding": total - tables}
+    return {"parameters": model.num_parameters(), "non_embedding": model.num_parameters(exclude_embeddings=True)}
