@@ -1,5 +1,6 @@
 """Files that are whole or absent: written under a temporary name, flushed, renamed."""
 
+import functools
 import hashlib
 import json
 import os
@@ -40,7 +41,8 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, 16 hex digits."""
+@functools.lru_cache(maxsize=64)
+def hash_file(path: Path, _modified_ns: int, _size: int) -> str:
+    """sha256 of a file's bytes, 16 hex digits; remembered for as long as the caller finds the file unchanged."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]

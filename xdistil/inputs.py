@@ -33,14 +33,9 @@ def task_file(params: Params, run: Run, name: str) -> Path:
     return Path(params.transfer_file if name == "transfer" and params.transfer_file else folder / f"{name}.tsv")
 
 
-@functools.lru_cache(maxsize=64)
-def _hash_as_it_is(path: Path, _changed: int, _size: int) -> str:
-    return hash_file(path)
-
-
 def _hash(path: Path) -> str:
     next(data.read_lines(path) if path.suffix == ".tsv" else iter(()), None)  # a clear error if it is absent
-    return _hash_as_it_is(path, path.stat().st_mtime_ns, path.stat().st_size)
+    return hash_file(path, path.stat().st_mtime_ns, path.stat().st_size)
 
 
 def teacher_dir(params: Params, run: Run) -> Path:
