@@ -53,22 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
         values = {name: absolute_path(name, value, Path.cwd())  # flags are relative to the working directory
                   for name, value in vars(asked).items() if name in Params.model_fields}
         params = load_params(asked.params or ({} if values else repo_root() / "params/demo.yaml"), values)
-        return run_notebooks(params) if asked.command == "run" else check(params)
+        if asked.command == "run":
+            return run_notebooks(params)
+        from xdistil import stages, views
+
+        stages.check(params, run := Run(params))
+        print(*views.describe(params, run), views.needs(params, run), sep="\n\n")
+        return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"xdistil: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("xdistil: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-
-
-def check(params: Params) -> int:
-    """Print counts, lengths, labels, overlaps and needs, without training. Raises ValueError for bad input."""
-    from xdistil import stages, views
-
-    stages.check(params, run := Run(params))
-    print(*views.describe(params, run), views.needs(params, run), sep="\n\n")
-    return 0
 
 
 def run_notebooks(params: Params) -> int:

@@ -1,9 +1,9 @@
 """The spine: seven calls, in order, each reading and writing folders of a run. A finished stage whose parameters, data
 and upstream stages are unchanged is loaded, not repeated; an interrupted one goes on from its last checkpoint."""
 
+import contextlib
 import functools
 import itertools
-import sys
 import time
 from importlib import resources
 
@@ -51,11 +51,10 @@ def _stage(work):
 
 def _peak_memory_mb() -> float | None:
     """Peak resident memory of this process so far, in megabytes (1e6 bytes); None on Windows."""
-    if sys.platform == "win32":
-        return None
-    import resource
+    with contextlib.suppress(ImportError):
+        import resource
 
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
 
 
 def _fit(params: Params, stage: Stage, accelerator, model, terms, feed, judge, epochs, lr, steps, weights=None):

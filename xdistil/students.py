@@ -1,12 +1,11 @@
-"""How a student is made: sizes, where its weights come from, projections, and the folded head. Projections live beside
-the student, never in it: what is saved is a plain Hugging Face model."""
+"""How a student is made. Projections live beside it, never in it: what is saved is a plain Hugging Face model."""
 
 import torch
 import transformers
 from torch import nn
 
 from xdistil import embeddings, losses, models
-from xdistil.unfreeze import encoder_layers, word_embedding
+from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
 
 
 def student_config(teacher_config, init: str, checkpoint: str | None, **sizes):
@@ -43,9 +42,8 @@ def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attent
 def spread(n_student: int, n_teacher: int, layer_map: str) -> list[tuple[int, int]]:
     """Pairs (student, teacher) of hidden-state indices 0..L, 0 = embeddings, ascending: "uniform" pairs by depth,
     "top" pairs student hidden[-i] with teacher hidden[-i] (2106.04563)."""
-    if layer_map == "top":
-        return [(s, s + n_teacher - n_student) for s in range(n_student + 1)]
-    return [(s, round(s * n_teacher / n_student)) for s in range(n_student + 1)]
+    return [(s, s + n_teacher - n_student if layer_map == "top" else round(s * n_teacher / n_student))
+            for s in range(n_student + 1)]
 
 
 @torch.no_grad()
@@ -87,12 +85,10 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
 def copy_layers(teacher, student) -> None:
     """Copy embeddings, head and evenly spread layers, the last included, into the student. A narrower feed-forward
     part keeps the neurons with the largest product of incoming and outgoing weight norms."""
-    layers_t, layers_s, source = encoder_layers(teacher), encoder_layers(student), dict(teacher.named_parameters())
+    layers_t, layers_s, groups = encoder_layers(teacher), encoder_layers(student), dict(layer_groups(student))
     wide, narrow = (model.config.intermediate_size for model in (teacher, student))
-    inside = {id(p) for p in layers_s.parameters()}
-    for name, parameter in student.named_parameters():
-        if id(parameter) not in inside:
-            parameter.copy_(source[name])
+    for name in groups["head"] + groups["embeddings"]:
+        student.get_parameter(name).copy_(teacher.get_parameter(name))
     for s, t in spread(len(layers_s), len(layers_t), "uniform")[1:]:
         state = layers_t[t - 1].state_dict()
         if narrow < wide:

@@ -18,18 +18,15 @@ class Table:
     def __init__(self, rows: list[dict], title: str = ""):
         self.rows, self.title = rows, title
         self.columns = list(dict.fromkeys(key for row in rows for key in row))
-
-    def cells(self) -> list[list[str]]:
-        """The formatted values, row by row."""
-        return [[format_cell(row.get(column)) for column in self.columns] for row in self.rows]
+        self.cells = [[format_cell(row.get(column)) for column in self.columns] for row in rows]
 
     def __repr__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.columns, *self.cells(), strict=True)]
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.cells, strict=True)]
         form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
-        lines = [self.columns, ["-" * width for width in widths], *self.cells()]
+        lines = [self.columns, ["-" * width for width in widths], *self.cells]
         return "\n".join([self.title] * bool(self.title) + [form.format(*line).rstrip() for line in lines])
 
     def _repr_html_(self) -> str:
         head = "<thead><tr>" + "".join(f"<th>{escape(column)}</th>" for column in self.columns)
-        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.cells())
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.cells)
         return f"<table><caption>{escape(self.title)}</caption>{head}</tr></thead><tbody>{rows}</tbody></table>"
