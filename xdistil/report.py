@@ -5,26 +5,24 @@ from base64 import b64encode
 from html import escape
 from importlib import resources
 from pathlib import Path
+from string import Template
 
 from xdistil.files import save_text
 
-# With this the browser itself runs no script and loads nothing, whatever a cell printed.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"
 UNWANTED = re.compile(r"""(?isx) <(script|style)\b.*?</\1\s*> | <a\ [^>]*>\s*<img\ [^>]*src="http[^>]*>\s*</a>
     | <img\ [^>]*src="http[^>]*>""")  # badges and other pictures from the network go as well
 
 
 def write_report(notebooks_dir, out_path, *, title: str, summary_html: str = "", figures=()) -> Path:
     """Write one page: summary, figures (paths of PNGs; absent ones are skipped), then each notebook without its code.
-
     Raises FileNotFoundError if the folder holds no notebook."""
     import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
-    quiet = {"TagRemovePreprocessor": {"enabled": True, "remove_all_outputs_tags": ["setup"]}}
-    exporter = HTMLExporter(config=Config(quiet), template_name="basic", exclude_input=True,
-                            exclude_output_prompt=True, exclude_anchor_links=True)
+    quiet = Config(TagRemovePreprocessor={"enabled": True, "remove_all_outputs_tags": ["setup"]})
+    exporter = HTMLExporter(config=quiet, template_name="basic", exclude_input=True, exclude_output_prompt=True,
+                            exclude_anchor_links=True)
     contents, sections, paths = [], [], sorted(Path(notebooks_dir).glob("*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"{notebooks_dir} holds no notebook; run `xdistil run` first")
@@ -34,19 +32,14 @@ def write_report(notebooks_dir, out_path, *, title: str, summary_html: str = "",
         contents.append(f'<a class="h{level}" href="#s{len(contents)}">{re.sub("<[^>]+>", "", text)}</a>')
         return f'<h{level} id="s{len(contents) - 1}">{text}</h{level}>'
 
+    for path in (path for path in map(Path, figures) if path.is_file()):
+        picture = b64encode(path.read_bytes()).decode()
+        sections.append(f'<figure><img alt="{path.stem}" src="data:image/png;base64,{picture}"></figure>')
     for path in paths:
         body = UNWANTED.sub("", exporter.from_notebook_node(nbformat.read(path, as_version=4))[0])
         body = re.sub(r'href="([\w.-]+)[.]ipynb', r'href="#\1', body)
         body = re.sub(r"(?s)<h([1-3])\b[^>]*>(.*?)</h\1>", anchor, body)
         sections.append(f'<section id="{path.stem}">{body}</section>')
-    shown = "".join(
-        f'<figure><img alt="{path.stem}" src="data:image/png;base64,{b64encode(path.read_bytes()).decode()}"></figure>'
-        for path in map(Path, figures) if path.is_file())
-    style = resources.files("xdistil").joinpath("report.css").read_text(encoding="utf-8")
-    return save_text(Path(out_path), f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{escape(title)}</title><style>{style}</style></head><body>
-<header><h1>{escape(title)}</h1>{UNWANTED.sub("", summary_html)}</header>
-<div class="page"><nav aria-label="Contents">{"".join(contents)}</nav>
-<main>{shown}{"".join(sections)}</main></div></body></html>""")
+    page = Template(resources.files("xdistil").joinpath("report.html").read_text(encoding="utf-8"))
+    return save_text(Path(out_path), page.substitute(title=escape(title), summary=UNWANTED.sub("", summary_html),
+                                                     contents="".join(contents), sections="".join(sections)))
