@@ -2,11 +2,8 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from xdistil.data import Examples, collate
-from xdistil.losses import attention_kl
-from xdistil.models import run_model
+from xdistil import data, losses, models
 
 
 def linear_cka(rows: torch.Tensor, columns: torch.Tensor) -> list[list[float]]:
@@ -21,7 +18,7 @@ def linear_cka(rows: torch.Tensor, columns: torch.Tensor) -> list[list[float]]:
 
 
 @torch.inference_mode()
-def measure_alignment(teacher, student, projections, examples: Examples, pad_id: int, device, *,
+def measure_alignment(teacher, student, projections, examples: data.Examples, pad_id: int, device, *,
                       hidden_pairs=(), attention_pairs=(), n_windows: int = 128) -> dict:
     """Alignment on a fixed sample of evenly spread windows.
     Args: hidden_pairs: (student, teacher) hidden-state indices 0..L; attention_pairs: (student, teacher) layers 1..L
@@ -32,19 +29,19 @@ def measure_alignment(teacher, student, projections, examples: Examples, pad_id:
     some = np.linspace(0, len(examples) - 1, min(n_windows, len(examples))).astype(int)
     kept_t, kept_s, divergence, weights = [], [], [], []
     for start in range(0, len(some), 16):
-        batch = {k: v.to(device) for k, v in collate(examples, some[start : start + 16], pad_id).items()}
+        batch = {k: v.to(device) for k, v in data.collate(examples, some[start : start + 16], pad_id).items()}
         mask = batch["attention_mask"]
-        _, states_t, maps_t = run_model(teacher, batch, True, bool(attention_pairs))
-        _, states_s, maps_s = run_model(student, batch, True, bool(attention_pairs))
+        _, states_t, maps_t = models.run_model(teacher, batch, True, bool(attention_pairs))
+        _, states_s, maps_s = models.run_model(student, batch, True, bool(attention_pairs))
         kept_t.append(torch.stack(states_t)[:, mask > 0].float())
         kept_s.append(torch.stack(states_s)[:, mask > 0].float())
-        divergence.append([[float(attention_kl(a, b, mask)) for a, b in
+        divergence.append([[float(losses.attention_kl(a, b, mask)) for a, b in
                             zip(maps_s[s - 1].split(1, 1), maps_t[t - 1].split(1, 1), strict=True)]
                            for s, t in attention_pairs])
         weights.append(int(mask.sum()))
     all_t, all_s = torch.cat(kept_t, dim=1), torch.cat(kept_s, dim=1)
     projected = [projections[str(s)](all_s[s]) if str(s) in projections else all_s[s] for s, _ in hidden_pairs]
-    cosine = [float(F.cosine_similarity(state, all_t[t], dim=-1).mean())
+    cosine = [float(torch.cosine_similarity(state, all_t[t], dim=-1).mean())
               for state, (_, t) in zip(projected, hidden_pairs, strict=True)]
     return {"cka": linear_cka(all_t, all_s), "cosine": cosine,
             "attention_kl": np.average(divergence, axis=0, weights=weights).tolist(),

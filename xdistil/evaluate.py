@@ -6,24 +6,23 @@ import timeit
 import numpy as np
 import torch
 
-from xdistil.data import Examples, Sentences, batches, collate
-from xdistil.models import run_model
+from xdistil import data, models
 
 
 def _best(model, batch: dict, accelerator) -> torch.Tensor:
     inputs = {name: batch[name].to(accelerator.device) for name in ("input_ids", "attention_mask")}
     with torch.inference_mode(), accelerator.autocast():
-        return run_model(model, inputs)[0].argmax(-1).cpu()
+        return models.run_model(model, inputs)[0].argmax(-1).cpu()
 
 
-def predict_tags(model, examples: Examples, words: list[list[str]], labels: list[str], pad_id: int,
+def predict_tags(model, examples: data.Examples, words: list[list[str]], labels: list[str], pad_id: int,
                  accelerator, batch_size: int = 64) -> list[list[str]]:
     """The most probable label of every word, in input order: read at the word's first sub-word in the one window that
     owns the word, so no word is lost to truncation, however long the sentence."""
     tags = [["O"] * len(sentence) for sentence in words]
     model.eval()
-    for rows in batches(examples.lengths, batch_size) if len(examples) else ():
-        batch = collate(examples, rows, pad_id)
+    for rows in data.batches(examples.lengths, batch_size) if len(examples) else ():
+        batch = data.collate(examples, rows, pad_id)
         best, first = _best(model, batch, accelerator), batch["words"] >= 0
         sentences = examples.sentences[rows][first.nonzero()[:, 0].numpy()]
         for sentence, word, label in zip(sentences, batch["words"][first].tolist(), best[first].tolist(), strict=True):
@@ -45,7 +44,7 @@ def entity_f1(gold: list[list[str]], predicted: list[list[str]]) -> dict:
             "by_type": dict(zip(types, map(float, each[2]), strict=True))}
 
 
-def score(gold: Sentences, predicted: list[list[str]]) -> dict:
+def score(gold: data.Sentences, predicted: list[list[str]]) -> dict:
     """Micro F1, F1 per type and per language, and `macro`, the mean over languages (0..1), which the papers report."""
     whole, by_language = entity_f1(gold.tags, predicted), {}
     for language in sorted(set(gold.languages)):
@@ -65,15 +64,15 @@ def retention(student: dict, teacher: dict) -> dict:
     return {"by_language": languages, **{mean: share(student[mean], teacher[mean]) for mean in ("macro", "micro")}}
 
 
-def measure_speed(model, examples: Examples, pad_id: int, accelerator, n: int = 100) -> dict:
+def measure_speed(model, examples: data.Examples, pad_id: int, accelerator, n: int = 100) -> dict:
     """Median milliseconds per window at batch 1, and windows per second at batch 32; the model alone."""
     def seconds(rows) -> float:
-        batch = collate(examples, rows, pad_id, multiple=1)
+        batch = data.collate(examples, rows, pad_id, multiple=1)
         return timeit.timeit(lambda: _best(model, batch, accelerator), number=1)
 
     model.eval()
     some = np.linspace(0, len(examples) - 1, min(n, len(examples))).astype(int)
-    groups = [some[rows] for rows in batches(examples.lengths[some], 32)]
+    groups = [some[rows] for rows in data.batches(examples.lengths[some], 32)]
     seconds(some[:1]), seconds(groups[0])  # the first calls also allocate
     return {"ms_per_sentence": 1000 * statistics.median(seconds(some[i : i + 1]) for i in range(len(some))),
             "sentences_per_second": len(some) / min(sum(map(seconds, groups)) for _ in range(2))}

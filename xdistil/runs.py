@@ -1,6 +1,5 @@
 """Where things lie: a run is a folder, a stage is a folder of it with a done mark."""
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,7 @@ class Stage:
     def begin(self, depends: dict) -> bool:
         """Whether there is work to do; says why, and clears what is out of date. An unfinished stage with the same
         dependencies is left, to be resumed. Raises FileExistsError if the folder holds files that no run wrote."""
-        begun, depends = read_json(self.dir / "begun.json"), json.loads(json.dumps(depends, default=str))
+        begun = read_json(self.dir / "begun.json")
         if begun == depends:
             self.say("done before with the same parameters and data" if self.done
                      else "interrupted before: goes on from its last checkpoint")

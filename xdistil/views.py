@@ -3,14 +3,11 @@
 import numpy as np
 import torch
 
-from xdistil import data, models
-from xdistil.devices import open_accelerator
+from xdistil import data, models, stages, targets
 from xdistil.inputs import Inputs, teacher_dir
 from xdistil.params import Params
 from xdistil.runs import Run, Stage
-from xdistil.stages import layer_pairs, read_configs
 from xdistil.tables import Table
-from xdistil.targets import TargetSpec
 
 
 def describe(params: Params, run: Run) -> list[Table]:
@@ -34,16 +31,15 @@ def describe(params: Params, run: Run) -> list[Table]:
 
 def needs(params: Params, run: Run) -> Table:
     """Memory of weights and training state, and disk for teacher outputs, in GB (1e9 bytes)."""
-    inputs, (teacher, student) = Inputs(params, run), read_configs(params, run)
-    hidden, maps = layer_pairs(params, teacher, student)
-    spec = TargetSpec(tuple(t for _, t in hidden), tuple(t for _, t in maps))
+    teacher, student = stages.read_configs(params, run)
+    pairs = stages.layer_pairs(params, teacher, student)
+    spec = targets.TargetSpec(*(tuple(t for _, t in kind) for kind in pairs))
+    outputs = spec.n_bytes(Inputs(params, run).read("transfer")[1].lengths, teacher) / 1e9
     student.vocab_size = teacher.vocab_size
     with torch.device("meta"):
-        weights = [models.size_of(models.from_config(c))["parameters"] * 4 / 1e9 for c in (teacher, student)]
-    outputs = spec.n_bytes(inputs.read("transfer")[1].lengths, teacher) / 1e9
-    rows = {"memory: teacher weights": weights[0],
-            "memory: fine-tuning the teacher, without activations": 4 * weights[0],
-            "memory: training the student, without activations": 4 * weights[1], "disk: teacher outputs, all": outputs,
+        large, small = (models.from_config(c).num_parameters() * 4 / 1e9 for c in (teacher, student))
+    rows = {"memory: teacher weights": large, "memory: fine-tuning the teacher, without activations": 4 * large,
+            "memory: training the student, without activations": 4 * small, "disk: teacher outputs, all": outputs,
             "disk: teacher outputs kept (targets_cache_gb)": min(outputs, params.targets_cache_gb)}
     return Table([{"what": what, "GB": size} for what, size in rows.items()], "needs, estimated")
 
@@ -89,19 +85,19 @@ def results(run: Run) -> Table:
 
 
 def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
-    """Attention in the top layers of the teacher and of a stage's student: tokens [S], teacher [A_t, S, S], student
-    [A_s, S, S]. `text`: one sentence, words separated by spaces; default: a dev sentence with entities."""
-    inputs, accelerator = Inputs(params, run), open_accelerator(params.device, "float32", quiet=True)
+    """Attention in the top layers of the teacher and of a stage's student (on the CPU): tokens [S], teacher [A_t, S,
+    S], student [A_s, S, S]. `text`: one sentence, words separated by spaces; default: a dev sentence with entities."""
+    inputs = Inputs(params, run)
     words = text.split() if text else data.typical_sentence(inputs.read("dev")[0])
     examples = data.encode(data.Sentences.plain([words]), inputs.tokenizer, params.seq_len)
-    batch, found = data.collate(examples, [0], inputs.pad_id, multiple=1), {}
+    batch = data.collate(examples, [0], inputs.pad_id, multiple=1)
+    found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
     for name, folder in (("teacher", teacher_dir(params, run)), ("student", run.stage(stage).dir)):
-        model = models.load_classifier(folder, inputs.labels, "model_dir").eval().to(accelerator.device)
+        model = models.load_classifier(folder, inputs.labels, "model_dir").eval()
         model.set_attn_implementation("eager")
         with torch.inference_mode():
-            maps = models.run_model(model, {k: v.to(accelerator.device) for k, v in batch.items()}, False, True)[2]
-        found[name] = maps[-1][0].cpu().numpy()
-    return {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()), **found}
+            found[name] = models.run_model(model, batch, False, True)[2][-1][0].numpy()
+    return found
 
 
 def try_student(run: Run, text: str) -> Table:
