@@ -127,11 +127,11 @@ def test_languages_are_sorted_and_those_without_a_score_left_out_of_the_mean():
 
 
 def test_size_speed_has_three_panels_and_takes_missing_numbers():
-    rows = [{"name": "teacher", "parameters": 278e6, "non_embedding": 86e6, "mb": 1110, "f1": 0.9,
-             "ms_per_sentence": 40.0, "sentences_per_second": 200.0},
-            {"name": "student", "parameters": 40e6, "non_embedding": 8e6, "mb": None, "f1": None,
-             "ms_per_sentence": 5.0, "sentences_per_second": None}]
-    size, single, batch = drawn(plots.plot_size_speed(rows)).axes
+    teacher = {"parameters": 278e6, "non_embedding": 86e6, "mb": 1110, "test": {"macro": 0.9},
+               "ms_per_sentence": 40.0, "sentences_per_second": 200.0}
+    student = {"parameters": 40e6, "non_embedding": 8e6, "mb": None, "test": {"macro": None},
+               "ms_per_sentence": 5.0, "sentences_per_second": None}
+    size, single, batch = drawn(plots.plot_size_speed(teacher, student)).axes
     total, embeddings = size.containers
     assert [bar.get_height() for bar in total] == pytest.approx([278, 40])
     assert embeddings[0].get_y() == pytest.approx(86) and embeddings[0].get_height() == pytest.approx(192)

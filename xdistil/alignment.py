@@ -23,8 +23,7 @@ def measure_alignment(teacher, student, projections, examples: data.Examples, pa
     """Alignment on a fixed sample of evenly spread windows.
     Args: hidden_pairs: (student, teacher) hidden-state indices 0..L; attention_pairs: (student, teacher) layers 1..L
         of equal head counts, eager attention; projections: see `students.make_projections`.
-    Returns: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after projection; `attention_kl` [pair][head] in nats;
-        and the pairs."""
+    Returns: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, projected; `attention_kl` [pair][head] in nats; pairs."""
     teacher.eval(), student.eval()
     some = np.linspace(0, len(examples) - 1, min(n_windows, len(examples))).astype(int)
     kept_t, kept_s, divergence, weights = [], [], [], []
@@ -35,14 +34,13 @@ def measure_alignment(teacher, student, projections, examples: data.Examples, pa
         _, states_s, maps_s = models.run_model(student, batch, True, bool(attention_pairs))
         kept_t.append(torch.stack(states_t)[:, mask > 0].float())
         kept_s.append(torch.stack(states_s)[:, mask > 0].float())
-        divergence.append([[float(losses.attention_kl(a, b, mask)) for a, b in
-                            zip(maps_s[s - 1].split(1, 1), maps_t[t - 1].split(1, 1), strict=True)]
-                           for s, t in attention_pairs])
+        heads = [zip(maps_s[s - 1].split(1, 1), maps_t[t - 1].split(1, 1), strict=True) for s, t in attention_pairs]
+        divergence.append([[float(losses.attention_kl(a, b, mask)) for a, b in pair] for pair in heads])
         weights.append(int(mask.sum()))
     all_t, all_s = torch.cat(kept_t, dim=1), torch.cat(kept_s, dim=1)
     projected = [projections[str(s)](all_s[s]) if str(s) in projections else all_s[s] for s, _ in hidden_pairs]
     cosine = [float(torch.cosine_similarity(state, all_t[t], dim=-1).mean())
               for state, (_, t) in zip(projected, hidden_pairs, strict=True)]
-    return {"cka": linear_cka(all_t, all_s), "cosine": cosine,
-            "attention_kl": np.average(divergence, axis=0, weights=weights).tolist(),
-            "hidden_pairs": hidden_pairs, "attention_pairs": attention_pairs}
+    kl = np.average(divergence, axis=0, weights=weights).tolist()
+    return {"cka": linear_cka(all_t, all_s), "cosine": cosine, "attention_kl": kl, "hidden_pairs": hidden_pairs,
+            "attention_pairs": attention_pairs}

@@ -8,9 +8,9 @@ import time
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from xdistil import __version__
 from xdistil.files import read_json, save_atomic
@@ -77,7 +77,6 @@ def run_notebooks(params: Params) -> int:
 
     run, start, ran, executed = Run(params), time.monotonic(), 0, Path(params.model_dir) / "notebooks"
     stages.check(params, run)
-    lines = SimpleNamespace(write=lambda text: tqdm.write(text, file=sys.stderr, end=""), flush=sys.stderr.flush)
     os.environ |= {"XDISTIL_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     executed.mkdir(parents=True, exist_ok=True)
     for number, (name, verb) in enumerate(bar := tqdm(STAGES.items(), unit="notebook", disable=None), 1):
@@ -92,7 +91,7 @@ def run_notebooks(params: Params) -> int:
         try:
             execute_notebook(repo_root() / "notebooks" / notebook.name, notebook,
                              {"experiment": params.model_dump(exclude_none=True)}, kernel_name="python3",
-                             cwd=str(repo_root()), progress_bar=False, stdout_file=lines,
+                             cwd=str(repo_root()), progress_bar=False, stdout_file=DummyTqdmFile(sys.stderr),
                              extra_arguments=["--log-level=CRITICAL"])
         except (PapermillExecutionError, DeadKernelError) as error:
             bar.close()

@@ -75,9 +75,8 @@ def set_dropout(model, hidden: float, attention: float) -> None:
     projection acts on attention maps, every other on hidden states."""
     for module in model.modules():
         on_maps = any(hasattr(module, name) for name in QUERIES)
-        for child in module.children():
-            if isinstance(child, nn.Dropout):
-                child.p = attention if on_maps else hidden
+        for child in (child for child in module.children() if isinstance(child, nn.Dropout)):
+            child.p = attention if on_maps else hidden
 
 
 def run_model(model, batch: dict, hidden_states: bool = False, attentions: bool = False):

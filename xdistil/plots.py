@@ -28,12 +28,11 @@ def _figure(title, height, width=11.6, cols=1, rows=1, grid=True, **settings):
     """Styled figure, inches; `settings` (labels, limits, ticks) hold for each of its axes."""
     fig = Picture(figsize=(width, height), dpi=110, layout="constrained")
     fig.suptitle(title, weight="bold", parse_math=False)
-    axes = fig.subplots(rows, cols, sharex="col")
+    axes = fig.subplots(rows, cols, sharex="col", subplot_kw={"axisbelow": True, **settings})
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
         if grid:
             ax.grid(axis="y", color="#dddddd")
-        ax.set(axisbelow=True, **settings)
     return fig, axes
 
 
@@ -46,8 +45,7 @@ def _heat_map(matrix, title, label, vmax, **settings):
     """Colours from 0 to `vmax`, NaN grey, row 0 at the bottom; values in the cells unless too many."""
     rows, cols = matrix.shape
     size = min(1.7 + 0.36 * rows, 8), min(max(7.6, 3.4 + 0.62 * cols), 11.6)  # wide enough for the title
-    labels = dict(xticks=range(cols), yticks=range(rows), **settings)
-    fig, ax = _figure(title, *size, grid=False, facecolor="#cccccc", **labels)
+    fig, ax = _figure(title, *size, grid=False, facecolor="#ccc", xticks=range(cols), yticks=range(rows), **settings)
     fig.colorbar(ax.imshow(matrix, "cividis", vmin=0, vmax=vmax, aspect="auto", origin="lower"), label=label)
     for row, col in np.argwhere(np.isfinite(matrix)) if max(rows, cols) <= 16 else ():
         ink = "white" if matrix[row, col] < 0.55 * vmax else "black"
@@ -177,21 +175,21 @@ def plot_stages(scores, teacher):
     return _legend(fig, 2)
 
 
-def plot_size_speed(rows):
-    """`rows`: dicts of "name", "parameters", "non_embedding" (counts), "mb" (megabytes), "ms_per_sentence" (batch 1),
-    "sentences_per_second" and "f1" (0 to 1); a number may be None."""
+def plot_size_speed(teacher, student):
+    """`teacher`, `student`: dicts of "parameters", "non_embedding" (counts), "mb" (megabytes), "ms_per_sentence" at
+    batch 1, "sentences_per_second" and "test" with "macro" (F1, 0 to 1); a number may be None."""
+    sides = [side | {"f1": side["test"]["macro"]} for side in (teacher, student)]
     columns = ("parameters", "non_embedding", "mb", "ms_per_sentence", "sentences_per_second", "f1")
-    total, other, mb, single, batch, f1 = np.array([[row[c] for row in rows] for c in columns], dtype=float)
-    names = [f"{row['name']}\n{size:.0f} MB\nF1 {100 * score:.1f} %".replace("nan", "–")
-             for row, size, score in zip(rows, mb, f1, strict=True)]
-    fig, axes = _figure("Size and speed: what the student saves", 4.2, cols=3, ymargin=0.1, xticks=range(len(rows)),
-                        xticklabels=names, xlim=(-0.6, len(rows) - 0.4))
+    total, other, mb, single, batch, f1 = np.array([[side[c] for side in sides] for c in columns], dtype=float)
+    names = [f"{name}\n{size:.0f} MB\nF1 {100 * score:.1f} %".replace("nan", "–")
+             for name, size, score in zip(("teacher", "student"), mb, f1, strict=True)]
+    fig, axes = _figure("Size and speed: what the student saves", 4.2, cols=3, ymargin=0.1, xticks=(0, 1),
+                        xticklabels=names, xlim=(-0.6, 1.6))
     panels = ((total / 1e6, "Parameters (hatched: embeddings)", "parameters (millions)"),
               (single, "Time of one sentence (less is better)", "ms per sentence at batch 1"),
               (batch, "Throughput (more is better)", "sentences per second"))
     for ax, (values, title, unit) in zip(axes, panels, strict=True):
-        paint = [TEACHER if row["name"] == "teacher" else STUDENT for row in rows]
-        ax.bar_label(ax.bar(range(len(rows)), values, 0.6, color=paint), fmt="{:,.4g}")
+        ax.bar_label(ax.bar((0, 1), values, 0.6, color=(TEACHER, STUDENT)), fmt="{:,.4g}")
         ax.set(title=title, ylabel=unit)
-    axes[0].bar(range(len(rows)), (total - other) / 1e6, 0.6, other / 1e6, fill=False, hatch="//", edgecolor="white")
+    axes[0].bar((0, 1), (total - other) / 1e6, 0.6, other / 1e6, fill=False, hatch="//", edgecolor="white")
     return fig

@@ -7,10 +7,9 @@ from pathlib import Path
 from xdistil.files import read_json, read_jsonl, save_atomic, save_json
 from xdistil.params import Params, fingerprint
 
-# folder of the run: the function of `stages`, and its notebook's name after the number
 STAGES = {"teacher": "finetune_teacher", "student-init": "build_student", "hidden": "distil_hidden",
           "logits": "distil_logits", "labels": "finetune_student", "evaluation": "evaluate_student",
-          "student": "export_student"}
+          "student": "export_student"}  # folder of the run: function of `stages`, and notebook without its number
 
 
 class Stage:

@@ -16,7 +16,7 @@ from torch import nn
 from xdistil import alignment, data, embeddings, evaluate, losses, models, students
 from xdistil.devices import open_accelerator
 from xdistil.files import save_atomic, save_json, save_text
-from xdistil.inputs import Inputs, depends, given_teacher, teacher_dir, teacher_source
+from xdistil.inputs import Inputs, depends, teacher_dir, teacher_source
 from xdistil.params import Params, fingerprint
 from xdistil.runs import STAGES, Run, Stage, describe_changes
 from xdistil.targets import TargetSpec, TargetStore
@@ -80,7 +80,7 @@ def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     """1. Fine-tune the teacher on labels; or score the one in teacher_model_dir, which stays as it is."""
     (source, parameter), inputs, summary = teacher_source(params, run), Inputs(params, run), {}
     teacher = models.load_classifier(source, inputs.labels, parameter).to(accelerator.device)
-    if given_teacher(params, run):
+    if parameter == "teacher_model_dir":
         stage.say(f"fine-tuning skipped: {source} holds a fine-tuned teacher")
     else:
         feed, judge = inputs.labelled(params.teacher_batch_size), functools.partial(inputs.dev_f1, accelerator)
@@ -98,8 +98,8 @@ def read_configs(params: Params, run: Run):
     if family not in ("", teacher.model_type.replace("-", "").replace("_", "")):
         raise models.CheckpointError(f"pt_teacher: {params.pt_teacher!r}, but {parameter} is a {teacher.model_type!r} "
                                      "model; name its class or leave pt_teacher out")
-    sizes = params.pick("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint, **sizes)
+    student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint, **params.pick(
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
     students.check_shapes(teacher, student, seq_len=params.seq_len, init=params.initialisation,
                           compress=params.compress_word_embedding, distil_attention=params.distil_attention)
     return teacher, student
@@ -250,9 +250,8 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     (gold, test), metrics = inputs.read("test"), {}
     for (name, model), done in zip(pair.items(), ("teacher", "labels"), strict=True):
         scores, tags = inputs.score(model, "test", accelerator)
-        sizes = models.size_of(model)
-        metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **sizes,
-                         "mb": sizes["parameters"] * 4 / 1e6,
+        metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **models.size_of(model),
+                         "mb": model.num_parameters() * 4 / 1e6,
                          **evaluate.measure_speed(model, test, inputs.pad_id, accelerator)}
     data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes second
     metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])

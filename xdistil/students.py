@@ -92,12 +92,10 @@ def copy_layers(teacher, student) -> None:
     for s, t in spread(len(layers_s), len(layers_t), "uniform")[1:]:
         state = layers_t[t - 1].state_dict()
         if narrow < wide:
-            incoming, outgoing = (next(w.norm(dim=1 - side) for w in state.values() if w.dim() == 2
-                                       and w.shape[side] == wide) for side in (0, 1))
-            kept = (incoming * outgoing).topk(narrow).indices.sort().values
-            for side in (0, 1):
-                state |= {name: w.index_select(side, kept) for name, w in state.items()
-                          if w.dim() > side and w.shape[side] == wide}
+            inner = {name: w.shape.index(wide) for name, w in state.items() if wide in w.shape}
+            norms = [state[name].norm(dim=1 - side) for name, side in inner.items() if state[name].dim() == 2]
+            kept = torch.stack(norms).prod(0).topk(narrow).indices.sort().values
+            state |= {name: state[name].index_select(side, kept) for name, side in inner.items()}
         layers_s[s - 1].load_state_dict(state)
 
 

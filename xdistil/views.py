@@ -64,16 +64,9 @@ def dev_by_stage(run: Run) -> tuple[dict[str, float], float]:
     return macro, macro.pop("teacher")
 
 
-def size_and_speed(run: Run) -> list[dict]:
-    """Size, speed and test macro F1 of teacher and student, as `plots.plot_size_speed` takes them."""
-    metrics = run.stage("evaluation").metrics
-    return [{"name": name, "f1": metrics[name]["test"]["macro"], **metrics[name]} for name in ("teacher", "student")]
-
-
 def results(run: Run) -> Table:
     """Teacher beside student: F1 on test per language and in the mean, size and speed."""
-    metrics = run.stage("evaluation").metrics
-    teacher, student, kept = metrics["teacher"], metrics["student"], metrics["retention"]
+    teacher, student, kept = (run.stage("evaluation").metrics[name] for name in ("teacher", "student", "retention"))
     f1, goal = student["test"], teacher["test"]
     rows = [(f"F1 {language}", goal["by_language"][language], f1["by_language"][language], share)
             for language, share in kept["by_language"].items()]
