@@ -20,10 +20,10 @@ def linear_cka(rows: torch.Tensor, columns: torch.Tensor) -> list[list[float]]:
 @torch.inference_mode()
 def measure_alignment(teacher, student, projections, examples: data.Examples, pad_id: int, device, *,
                       hidden_pairs=(), attention_pairs=(), n_windows: int = 128) -> dict:
-    """Alignment on a fixed sample of evenly spread windows.
-    Args: hidden_pairs: (student, teacher) hidden-state indices 0..L; attention_pairs: (student, teacher) layers 1..L
-        of equal head counts, eager attention; projections: see `students.make_projections`.
-    Returns: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, projected; `attention_kl` [pair][head] in nats; pairs."""
+    """Alignment on a fixed sample of evenly spread windows: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after
+    projection; `attention_kl` [pair][head] in nats; and the pairs. Args: hidden_pairs: (student, teacher) hidden-state
+    indices 0..L; attention_pairs: (student, teacher) layers 1..L of equal head counts, eager attention; projections:
+    see `students.make_projections`."""
     teacher.eval(), student.eval()
     some = np.linspace(0, len(examples) - 1, min(n_windows, len(examples))).astype(int)
     kept_t, kept_s, divergence, weights = [], [], [], []

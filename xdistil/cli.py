@@ -130,9 +130,6 @@ def predict_file(asked) -> int:
                     handle.write(f"{' '.join(sentence)}\t{' '.join(found)}\n" if sentence else "\n")
                 handle.flush()
 
-    if asked.output == "-":
-        sys.stdout.reconfigure(encoding="utf-8")
-        write()
-    else:
-        save_atomic(Path(asked.output), write)
+    sys.stdout.reconfigure(encoding="utf-8")
+    write() if asked.output == "-" else save_atomic(Path(asked.output), write)
     return 0

@@ -1,8 +1,7 @@
-"""A made-up NER corpus in up to six languages, without any download: hand-written patterns filled with names, for
-people of Faker's word lists. The test part is real generalisation: its patterns, its names, and the first names, last
-names and places in them occur nowhere else. `demo_patterns.tsv` has the columns language, kind, text: kinds `train`
-and `test` hold a pattern per line, every other kind a list separated by " | "; {LAST} stands for an entry of the list
-`last`, # for digits."""
+"""A made-up NER corpus in up to six languages: hand-written patterns filled with names, for people of Faker's lists.
+The test part is real generalisation: its patterns, its names, and the first names, last names and places in them occur
+nowhere else. `demo_patterns.tsv` has the columns language, kind, text: kinds `train` and `test` hold a pattern a line,
+every other kind a list separated by " | "; {LAST} stands for an entry of the list `last`, # for digits."""
 
 import hashlib
 import random

@@ -17,8 +17,7 @@ def _best(model, batch: dict, accelerator) -> torch.Tensor:
 
 def predict_tags(model, examples: data.Examples, words: list[list[str]], labels: list[str], pad_id: int,
                  accelerator, batch_size: int = 64) -> list[list[str]]:
-    """The most probable label of every word, in input order: read at the word's first sub-word in the one window that
-    owns the word, so no word is lost to truncation, however long the sentence."""
+    """The most probable label of every word, in input order: at its first sub-word, in the one window that owns it."""
     tags = [["O"] * len(sentence) for sentence in words]
     model.eval()
     for rows in data.batches(examples.lengths, batch_size) if len(examples) else ():

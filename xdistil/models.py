@@ -52,8 +52,7 @@ def load_tokenizer(checkpoint, parameter: str = "pt_teacher_checkpoint"):
 
 
 def load_classifier(checkpoint, labels: list[str], parameter: str):
-    """A float32 token classifier over `labels` with the encoder of a checkpoint. Its head is kept when it has one for
-    as many labels, else it is new. Raises CheckpointError."""
+    """A float32 token classifier over `labels`; a checkpoint's head is kept if it fits. Raises CheckpointError."""
     return _load(transformers.AutoModelForTokenClassification, checkpoint, parameter, dtype=torch.float32,
                  id2label=dict(enumerate(labels)), label2id={x: i for i, x in enumerate(labels)},
                  use_safetensors=True, ignore_mismatched_sizes=True)
@@ -71,8 +70,7 @@ def from_config(config):
 
 
 def set_dropout(model, hidden: float, attention: float) -> None:
-    """Set the dropout of a loaded model; its config keeps what it says. A dropout module beside a query
-    projection acts on attention maps, every other on hidden states."""
+    """Set the dropout of a model, not of its config; the one beside a query projection acts on attention maps."""
     for module in model.modules():
         on_maps = any(hasattr(module, name) for name in QUERIES)
         for child in (child for child in module.children() if isinstance(child, nn.Dropout)):

@@ -1,5 +1,4 @@
-"""What was asked: one flat, frozen set of parameters, checked before anything heavy is loaded. A file has one root
-key, `experiment:`, so that papermill's `-f FILE` injects it whole; names are those of XtremeDistilTransformers."""
+"""What was asked: flat, frozen, checked before anything heavy is loaded; named as in XtremeDistilTransformers."""
 
 import difflib
 import hashlib
@@ -156,7 +155,7 @@ def absolute_path(name: str, value, base: Path):
 def load_params(experiment="params/demo.yaml", overrides: dict | None = None) -> Params:
     """Read and check parameters; `overrides` win. `experiment` is the path of a params file (from the working
     directory, else from the repository root, where relative paths start) or the mapping under its `experiment:` key
-    (what papermill injects). Raises ParamsError naming parameter, what was found, what is allowed and what to do."""
+    (what papermill's `-f` injects). Raises ParamsError naming parameter, value, what is allowed and what to do."""
     root, source, overrides = repo_root(), "experiment", overrides or {}
     if not isinstance(experiment, dict):
         source, path = experiment, next((p for p in (Path(experiment), root / experiment) if p.is_file()), None)

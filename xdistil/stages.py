@@ -1,5 +1,4 @@
-"""The spine: seven calls, in order, each reading and writing folders of a run. A finished stage whose parameters, data
-and upstream stages are unchanged is loaded, not repeated; an interrupted one goes on from its last checkpoint."""
+"""The spine: seven calls, in order. What is finished and unchanged is not repeated, what was interrupted goes on."""
 
 import contextlib
 import functools

@@ -26,10 +26,9 @@ def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attent
     for wrong, message in (
         (s.num_hidden_layers > t.num_hidden_layers, f"num_hidden_layers: the student has {s.num_hidden_layers}, the "
          f"teacher {t.num_hidden_layers}; choose at most {t.num_hidden_layers}"),
-        (distil_attention and s.num_attention_heads != t.num_attention_heads,
-         f"distil_attention: the teacher has {t.num_attention_heads} heads, the student {s.num_attention_heads}; set "
-         f"num_attention_heads: {t.num_attention_heads} (or a student checkpoint with as many), or "
-         "distil_attention: false"),
+        (distil_attention and s.num_attention_heads != t.num_attention_heads, "distil_attention: the teacher has "
+         f"{t.num_attention_heads} heads, the student {s.num_attention_heads}; set num_attention_heads: "
+         f"{t.num_attention_heads} (or a student checkpoint with as many), or distil_attention: false"),
         (compress and init == "scratch" and s.hidden_size > t.hidden_size, f"hidden_size: {s.hidden_size}, but the "
          f"word embeddings to be compressed have width {t.hidden_size}; choose at most {t.hidden_size}"),
         (seq_len > min(room_t, room_s), f"seq_len: {seq_len}, but the teacher has {room_t} positions and the student "
