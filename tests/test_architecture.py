@@ -104,7 +104,7 @@ def test_a_module_fits_in_the_head(path):
 
 def test_the_library_stays_small():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PATHS)
-    assert lines <= 2640  # it is meant to come down to 2,500
+    assert lines <= 2550  # it is meant to come down to 2,500
 
 
 @pytest.mark.parametrize("name", TREES)
