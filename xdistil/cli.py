@@ -130,6 +130,9 @@ def predict_file(asked) -> int:
                     handle.write(f"{' '.join(sentence)}\t{' '.join(found)}\n" if sentence else "\n")
                 handle.flush()
 
-    sys.stdout.reconfigure(encoding="utf-8")
-    write() if asked.output == "-" else save_atomic(Path(asked.output), write)
+    if asked.output == "-":
+        sys.stdout.reconfigure(encoding="utf-8")
+        write()
+    else:
+        save_atomic(Path(asked.output), write)
     return 0
