@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xdistil.embeddings import compress, map_to_student, plain_pieces, rescale
+from xdistil.embeddings import compress, map_to_student, plain_pieces
 
 
 @pytest.fixture
@@ -54,13 +54,6 @@ def test_signs_are_fixed(matrix):
 
 def test_compression_keeps_no_graph(matrix):
     assert not compress(torch.nn.Parameter(matrix), 3)[0].requires_grad
-
-
-def test_rescale_is_one_number_for_all_rows(matrix):
-    scaled = rescale(matrix, 0.7)
-    assert scaled.norm(dim=-1).mean().item() == pytest.approx(0.7, rel=1e-5)
-    torch.testing.assert_close(scaled / matrix, (scaled[0, 0] / matrix[0, 0]).expand_as(matrix))
-    assert rescale(torch.zeros(3, 2), 1.0).isfinite().all()
 
 
 def test_marks_of_tokenizers_are_one_language():

@@ -95,7 +95,7 @@ class ById(nn.Module):
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_every_word_has_one_prediction_in_input_order(sentences, tokenizer, labels, accelerator, seq_len, batch_size):
     words = [*sentences.words[:20], [], [x for sentence in sentences.words[20:30] for x in sentence], ["\u200b"]]
-    examples = encode(Sentences.plain(words), tokenizer, seq_len)
+    examples = encode(Sentences(words), tokenizer, seq_len)
     model = ById(len(labels)).train()
     found = predict_tags(model, examples, words, labels, 0, accelerator, batch_size)
     pieces = word_pieces(tokenizer, words)
@@ -104,7 +104,7 @@ def test_every_word_has_one_prediction_in_input_order(sentences, tokenizer, labe
 
 
 def test_no_sentence_has_no_prediction(tokenizer, labels, accelerator):
-    examples = encode(Sentences.plain([[], []]), tokenizer, 16)
+    examples = encode(Sentences([[], []]), tokenizer, 16)
     assert predict_tags(ById(7), examples, [[], []], labels, 0, accelerator) == [[], []]
 
 

@@ -123,7 +123,7 @@ def predict_file(asked) -> int:
     def write(path=None):
         with open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout) as handle:
             while words := [line.split("\t")[0].split() for _, line in islice(lines, 4096)]:
-                examples = data.encode(data.Sentences.plain(words), tokenizer, seq_len)
+                examples = data.encode(data.Sentences(words), tokenizer, seq_len)
                 tags = evaluate.predict_tags(model, examples, words, labels, tokenizer.pad_token_id, accelerator,
                                              asked.batch_size)
                 for sentence, found in zip(words, tags, strict=True):

@@ -3,11 +3,10 @@
 (further columns are ignored)."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -24,19 +23,14 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sentences:
-    """N sentences: their words, their tags (None for plain text) and their languages."""
+    """N sentences: their words and, unless they are plain text, their tags and languages."""
 
     words: list[list[str]]
-    tags: list[list[str]] | None
-    languages: list[str]
+    tags: list[list[str]] | None = None
+    languages: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.words)
-
-    @classmethod
-    def plain(cls, words: list[list[str]]) -> Self:
-        """Sentences without tags."""
-        return cls(words, None, [""] * len(words))
 
 
 def read_lines(path) -> Iterator[tuple[int, str]]:
@@ -104,7 +98,7 @@ def read_text(path: Path, limit: int | None = None, seed: int = 0) -> Sentences:
     words = subset([words for _, line in read_lines(path) if (words := line.split("\t")[0].split())], limit, seed)
     if not words:
         raise DataError(f"{path}: no sentence in this file; expected one sentence a line")
-    return Sentences.plain(words)
+    return Sentences(words)
 
 
 def typical_sentence(sentences: Sentences) -> list[str]:
@@ -176,11 +170,9 @@ def windows(sizes: list[int], capacity: int) -> list[tuple[int, int, int, int]]:
 
 @dataclass(frozen=True)
 class Examples:
-    """N windows of token ids, flat and ragged: window i is `input_ids[offsets[i]:offsets[i + 1]]`.
-
-    On the first sub-word of each owned word, `labels` holds the label's id and `words` the word's index in its
-    sentence; elsewhere IGNORED and -1. `sentences` [N] says which sentence a window is of.
-    """
+    """N windows of token ids, flat and ragged: window i is `input_ids[offsets[i]:offsets[i + 1]]`, of sentence
+    `sentences[i]`. On the first sub-word of each owned word, `labels` holds the label's id and `words` the index of
+    the word in its sentence; elsewhere IGNORED and -1."""
 
     input_ids: np.ndarray
     labels: np.ndarray

@@ -4,12 +4,9 @@ import torch
 
 
 def compress(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Truncated SVD of word embeddings [V, H], not centred (2004.05686).
-
-    By the H x H second moments, summed in double precision in blocks: the embeddings are not copied as doubles.
-    Returns: U_k S_k = matrix @ V_k, [V, rank]; and all H singular values, descending.
-    Raises ValueError if the rank is not in 1..min(V, H).
-    """
+    """Truncated SVD of word embeddings [V, H], not centred (2004.05686), by their second moments [H, H], summed in
+    blocks: no double-precision copy. Returns U_k S_k = matrix @ V_k, [V, rank]; and all H singular values, descending.
+    Raises ValueError if the rank is not in 1..min(V, H)."""
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(f"compress_word_embedding: rank {rank} of a {tuple(matrix.shape)} matrix; "
                          f"set hidden_size to at most {min(matrix.shape)}")
@@ -21,11 +18,6 @@ def compress(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     return matrix @ basis, values.flip(-1).clamp(min=0).sqrt().float()
 
 
-def rescale(matrix: torch.Tensor, mean_norm: float) -> torch.Tensor:
-    """The matrix times one number, so that its rows have the given mean norm."""
-    return matrix * (mean_norm / matrix.norm(dim=-1).mean().clamp(min=1e-12))
-
-
 def plain_pieces(pieces: list[str]) -> list[str]:
     """Word pieces without their tokenizer's marks, lower-cased; those that start a word get a space."""
     if any(piece.startswith(("▁", "Ġ")) for piece in pieces):  # SentencePiece and byte BPE mark starts
@@ -34,12 +26,9 @@ def plain_pieces(pieces: list[str]) -> list[str]:
 
 
 def map_to_student(teacher, teacher_pieces, student, student_pieces) -> tuple[torch.Tensor, int]:
-    """Teacher embeddings mapped into a pretrained student's space, so that its layers still fit.
-
-    Ridge least squares on the pieces that both vocabularies share; these keep the student's own rows.
-    Args: teacher [V_t, H_t] and student [V_s, H_s] with their pieces in id order.
-    Returns: [V_t, H_s] and the number of shared pieces. ValueError: fewer are shared than the teacher is wide.
-    """
+    """Teacher embeddings [V_t, H_t] mapped into the space of a pretrained student's [V_s, H_s], so that its layers
+    still fit: ridge least squares on the pieces (in id order) that both share, which keep the student's own rows.
+    Returns [V_t, H_s] and the number of shared pieces. ValueError: fewer are shared than the teacher is wide."""
     row_of = {piece: row for row, piece in reversed(list(enumerate(plain_pieces(student_pieces))))}
     shared = [(i, row_of[p]) for i, p in enumerate(plain_pieces(teacher_pieces)) if p in row_of]
     if len(shared) < teacher.shape[1]:

@@ -19,10 +19,6 @@ def _real(student, teacher, mask):
     return (tensor.float().where(mask > 0, 1.0) for tensor in (student, teacher))
 
 
-def _pairs(mask):
-    return mask[:, None, :, None] * mask[:, None, None, :]  # [B, 1, S, S]
-
-
 def _mse(student, teacher, mask):
     return masked_mean(torch.sub(*_real(student, teacher, mask)) ** 2, mask)
 
@@ -40,12 +36,12 @@ def hidden_cosine(student, teacher, mask):
 
 def attention_mse(student, teacher, mask):
     """Mean squared error of attention maps [B, A, S, S] over heads and pairs of real tokens (2106.04563)."""
-    return _mse(student, teacher, _pairs(mask))
+    return _mse(student, teacher, mask[:, None, :, None] * mask[:, None, None])
 
 
 def attention_kl(student, teacher, mask):
     """KL(teacher || student) of attention rows [B, A, S, S] in nats, mean over heads and real rows."""
-    student, teacher = _real(student, teacher, _pairs(mask))  # 1 on padding: its logarithm adds nothing to a row
+    student, teacher = _real(student, teacher, mask[:, None, :, None] * mask[:, None, None])  # log 1 adds nothing
     rows = (teacher * (teacher.clamp(min=1e-9).log() - student.clamp(min=1e-9).log())).sum(-1)
     return masked_mean(rows, mask[:, None, :])
 

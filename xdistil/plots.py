@@ -61,6 +61,7 @@ def plot_history(history, title):
     fig, (top, low) = _figure(title, 6.6, rows=2)
     train, evals = ([r for r in history if r["kind"] == kind] for kind in ("train", "eval"))
     terms = [k for k in train[0] if k not in ("kind", "step", "step_name", "epoch", "update", "lr")]
+    terms = terms[1:] if len(terms) == 2 else terms  # a loss of one term is that term
     families = itertools.groupby(terms, lambda term: term.rstrip("_0123456789"))
     for (_, group), colour in zip(families, ("black", *CYCLE), strict=False):
         first, *others = names = list(group)
@@ -93,6 +94,7 @@ def plot_spectrum(singular_values, kept):
         ax.plot(np.arange(1, end + 1), values, color=TEACHER)
         ax.axvspan(0.5, kept + 0.5, color=SKY, alpha=0.25, linewidth=0)
     axes[0].set(yscale="log", ylabel="singular value (log scale)")
+    axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
     axes[1].set(ylim=(0, 104), ylabel="cumulative energy (% of sum of squares)")
     return fig
 

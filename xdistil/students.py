@@ -74,7 +74,8 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
             origin = "the teacher's"
         elif compress:  # at the scale that the layers above were initialised for
             own = word_embedding(student)
-            own.copy_(embeddings.rescale(embeddings.compress(words, own.shape[1])[0], own.norm(dim=-1).mean()))
+            new, _ = embeddings.compress(words, own.shape[1])
+            own.copy_(new * (own.norm(dim=-1).mean() / new.norm(dim=-1).mean()))
             origin = "the teacher's, by truncated SVD"
     student.config.pad_token_id = tokenizer.pad_token_id
     return student, origin

@@ -60,17 +60,6 @@ class Position:
     records: int = 0
 
 
-class Objective(nn.Module):
-    """A model and its loss terms as one module, so that accelerate can wrap the forward pass."""
-
-    def __init__(self, model: nn.Module, terms: Callable):
-        super().__init__()
-        self.model, self.terms = model, terms
-
-    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
-        return self.terms(self.model, batch)
-
-
 def lr_factor(progress: float, warmup_ratio: float, schedule: str) -> float:
     """The learning rate as a share of its peak, at `progress` 0..1 of a step."""
     if progress < warmup_ratio:
@@ -99,8 +88,7 @@ def save_checkpoint(path: Path, at: Position, weights: dict, best: dict, optimiz
     tensors |= {f"best/{n}": t for n, t in best.items()} | {"random/cpu": torch.get_rng_state()}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items()}
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    tensors |= {"random/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_atomic(path, lambda p: save_file(tensors, p, {"position": json.dumps(asdict(at))}))
 
@@ -117,8 +105,8 @@ def load_checkpoint(path: Path) -> tuple[Position, dict[str, torch.Tensor]]:
 def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Tensor]], feed: Feed,
         evaluate: Callable[[nn.Module], dict], recipe: Recipe, steps: list[tuple[str, list[str]]], *,
         accelerator, folder: Path, name: str = "training", weights: dict[str, float] | None = None) -> dict:
-    """Train through unfreezing steps, each with a fresh optimizer and ending with the best weights it saw.
-
+    """Train through unfreezing steps, each with a fresh optimizer and ending with the best weights it saw. Returns
+    metric, score, updates, epochs, seconds, windows_per_second. FloatingPointError: the loss is no longer finite.
     Args:
         terms: the loss terms of a batch, unweighted scalars by name; their weighted sum is the loss.
         evaluate: returns `metric` (a name) and `score`; lower is better where the name ends in "loss". The weights
@@ -126,12 +114,8 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         steps: (name, names of the parameters that learn), see `unfreeze.unfreezing_steps`.
         folder: gets history.jsonl and checkpoint.safetensors; an interrupted call goes on from there and ends with
             the numbers of an uninterrupted one (CPU, float32).
-        weights: the weight of the terms by the first part of their name, up to "_"; 1 for all others.
-    Returns: metric, score, updates, epochs, seconds, windows_per_second.
-    Raises FloatingPointError when the loss stops being finite; the last checkpoint stays.
-    """
+        weights: the weight of the terms by the first part of their name, up to "_"; 1 for all others."""
     path, started = folder / "checkpoint.safetensors", time.monotonic()
-    objective = accelerator.prepare(Objective(model, terms))
     (at, tensors), current = load_checkpoint(path), dict(model.named_parameters())
     records, before = read_jsonl(folder / "history.jsonl")[: at.records], at.seconds
     ever = {n: current[n] for _, members in steps for n in members}
@@ -190,7 +174,8 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
                     done = (at.epoch + at.seen / feed.n_windows) / recipe.epochs
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * lr_factor(min(done, 1), recipe.warmup_ratio, recipe.lr_schedule)
-                    found = objective(batch)
+                    with accelerator.autocast():
+                        found = terms(model, batch)
                     loss = sum((weights or {}).get(key.split("_")[0], 1.0) * value for key, value in found.items())
                     accelerator.backward(loss)
                     accelerator.clip_grad_norm_(members.values(), recipe.max_grad_norm)
@@ -223,6 +208,5 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         at.step, at.epoch, at.bad_epochs = step + 1, 0, 0
         save({})
     model.eval()
-    metric = next(r["metric"] for r in reversed(records) if r["kind"] == "eval")
-    return {"metric": metric, "score": at.best, "updates": at.updates, "epochs": at.epochs_run,
+    return {"metric": records[-1]["metric"], "score": at.best, "updates": at.updates, "epochs": at.epochs_run,
             "seconds": round(at.seconds, 2), "windows_per_second": round(at.windows / at.seconds, 1)}

@@ -5,9 +5,8 @@ import torch
 
 from xdistil import data, models, stages, targets
 from xdistil.inputs import Inputs, teacher_dir
-from xdistil.params import Params
+from xdistil.params import Params, Table
 from xdistil.runs import Run, Stage
-from xdistil.tables import Table
 
 
 def describe(params: Params, run: Run) -> list[Table]:
@@ -19,8 +18,8 @@ def describe(params: Params, run: Run) -> list[Table]:
         tags[name] = [tag for sentence in sentences.tags or () for tag in sentence]
         median, most, longest = map(int, np.quantile(examples.lengths, (0.5, 0.95, 1.0)))
         files.append({"file": name, "sentences": len(sentences), "words": sum(map(len, sentences.words)),
-                      "languages": len(set(sentences.languages) - {""}), "windows": len(examples),
-                      "sub-words: median": median, "95 %": most, "longest": longest})
+                      "languages": len(set(sentences.languages) - {""}) or None, "windows": len(examples),
+                      "sub-words a window: median": median, "95 %": most, "longest": longest})
     counts = [{"label": label, **{name: tags[name].count(label) for name in tags if tags[name]}}
               for label in inputs.labels]
     overlap = [{"in both": f"{a} and {b}", "sentences": len(texts[a] & texts[b])}
@@ -32,8 +31,7 @@ def describe(params: Params, run: Run) -> list[Table]:
 def needs(params: Params, run: Run) -> Table:
     """Memory of weights and training state, and disk for teacher outputs, in GB (1e9 bytes)."""
     teacher, student = stages.read_configs(params, run)
-    pairs = stages.layer_pairs(params, teacher, student)
-    spec = targets.TargetSpec(*(tuple(t for _, t in kind) for kind in pairs))
+    spec = targets.TargetSpec(*(tuple(t for _, t in kind) for kind in stages.layer_pairs(params, teacher, student)))
     outputs = spec.n_bytes(Inputs(params, run).read("transfer")[1].lengths, teacher) / 1e9
     student.vocab_size = teacher.vocab_size
     with torch.device("meta"):
@@ -48,7 +46,7 @@ def scores(stage: Stage) -> Table:
     """F1 of a stage on dev, per language and in the mean."""
     found = stage.metrics["dev"]
     rows = {**found["by_language"], "macro mean": found["macro"], "micro mean": found["micro"]}
-    return Table([{"dev": name, "F1": f1} for name, f1 in rows.items()])
+    return Table([{"dev": name, "F1 (%)": f1 and 100 * f1} for name, f1 in rows.items()])
 
 
 def sizes(run: Run) -> Table:
@@ -71,10 +69,11 @@ def results(run: Run) -> Table:
     rows = [(f"F1 {language}", goal["by_language"][language], f1["by_language"][language], share)
             for language, share in kept["by_language"].items()]
     rows += [(f"{mean} F1", goal[mean], f1[mean], kept[mean]) for mean in ("macro", "micro")]
-    rows += [(title, teacher[key], student[key], student[key] / teacher[key]) for title, key in (
+    rows = [(f"{title} (%)", *(x and 100 * x for x in values)) for title, *values in rows]
+    rows += [(title, teacher[key], student[key], 100 * student[key] / teacher[key]) for title, key in (
         ("parameters", "parameters"), ("without embeddings", "non_embedding"), ("MB on disk", "mb"),
         ("ms/sentence, batch 1", "ms_per_sentence"), ("sentences/s, batch 32", "sentences_per_second"))]
-    return Table([dict(zip(("", "teacher", "student", "kept"), row, strict=True)) for row in rows])
+    return Table([dict(zip(("", "teacher", "student", "student / teacher (%)"), row, strict=True)) for row in rows])
 
 
 def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
@@ -82,7 +81,7 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
     S], student [A_s, S, S]. `text`: one sentence, words separated by spaces; default: a dev sentence with entities."""
     inputs = Inputs(params, run)
     words = text.split() if text else data.typical_sentence(inputs.read("dev")[0])
-    examples = data.encode(data.Sentences.plain([words]), inputs.tokenizer, params.seq_len)
+    examples = data.encode(data.Sentences([words]), inputs.tokenizer, params.seq_len)
     batch = data.collate(examples, [0], inputs.pad_id, multiple=1)
     found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
     for name, folder in (("teacher", teacher_dir(params, run)), ("student", run.stage(stage).dir)):
@@ -91,12 +90,3 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
         with torch.inference_mode():
             found[name] = models.run_model(model, batch, False, True)[2][-1][0].numpy()
     return found
-
-
-def try_student(run: Run, text: str) -> Table:
-    """Entities that the exported student finds in a text, through transformers' own pipeline."""
-    from transformers import pipeline
-
-    tag = pipeline("token-classification", model=str(run.stage("student").dir), aggregation_strategy="first")
-    found = [{"entity": e["entity_group"], "words": e["word"], "score": float(e["score"])} for e in tag(text)]
-    return Table(found or [{"entity": "none found"}], text)
