@@ -198,7 +198,8 @@ def test_the_command_prints_the_table(executed):
     rows = {line.split("  ")[0]: line.split()[-3:] for line in done.stdout.splitlines() if "  " in line}
     for mean in ("macro", "micro"):
         for column, model in enumerate(("teacher", "student")):
-            assert float(rows[f"{mean} F1 (%)"][column]) == pytest.approx(100 * metrics[model]["test"][mean], abs=0.051)
+            wanted = 100 * metrics[model]["test"][mean]
+            assert float(rows[f"{mean} F1 (%)"][column]) == pytest.approx(wanted, abs=0.051)
     assert rows["parameters"][1] == f"{metrics['student']['parameters']:,}"
     assert "7 of 7 stages ran" in done.stdout and str(folder / "report.html") in done.stdout
     assert done.stdout.count("[teacher]") + done.stderr.count("[teacher]") >= 2  # its progress came through
