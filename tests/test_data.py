@@ -21,6 +21,7 @@ from xdistil.data import (
     split_transfer,
     subset,
     typical_sentence,
+    widths,
     windows,
     word_pieces,
     write_tagged,
@@ -224,9 +225,18 @@ LENGTHS = np.random.default_rng(1).integers(3, 65, 500)
 def test_batches_hold_every_window_once_in_a_bounded_number_of_slots(seed, size):
     packed = batches(LENGTHS, size, seed)
     assert sorted(np.concatenate(packed)) == list(range(500))
-    padded = -(-LENGTHS // 8) * 8
-    slots = [len(rows) * padded[rows].max() for rows in packed]
-    assert all(n <= max(size * padded.mean(), padded[rows].max()) for n, rows in zip(slots, packed, strict=True))
+    slots = [len(rows) * LENGTHS[rows].max() for rows in packed]
+    assert all(n <= max(size * LENGTHS.mean(), LENGTHS[rows].max()) for n, rows in zip(slots, packed, strict=True))
+    if size == 8:
+        assert sum(slots) < 1.05 * LENGTHS.sum()  # hardly any padding
+
+
+def test_fixed_widths_are_few_and_wide_enough():
+    fixed = widths(LENGTHS, fixed=True)
+    assert (fixed >= LENGTHS).all() and set(fixed) == {8, 16, 24, 32, 48, 64}
+    assert (widths(LENGTHS) == LENGTHS).all()
+    for rows in batches(LENGTHS, 8, 3, fixed=True):
+        assert len(rows) * fixed[rows].max() <= max(8 * fixed.mean(), fixed[rows].max())
 
 
 def test_batches_follow_the_seed():
@@ -236,24 +246,26 @@ def test_batches_follow_the_seed():
 
 
 def test_batches_without_a_seed_start_with_the_longest():
-    order = (-(-LENGTHS // 8) * 8)[np.concatenate(batches(LENGTHS, 8))]
+    order = LENGTHS[np.concatenate(batches(LENGTHS, 8))]
     assert (np.diff(order) <= 0).all() and order[0] == 64
-    assert [rows.tolist() for rows in batches(np.array([5, 17, 5, 5]), 2)] == [[1], [0, 2, 3]]  # slots: 2 x 12
+    assert [rows.tolist() for rows in batches(np.array([5, 17, 5, 5]), 2)] == [[1], [0, 2, 3]]  # slots: 2 x 8
 
 
 def test_collate_pads_each_field_with_its_own_value(examples):
     rows = np.array([int(examples.lengths.argmin()), int(examples.lengths.argmax())])
     batch = collate(examples, rows, pad_id=7)
-    width = -(-int(examples.lengths[rows].max()) // 8) * 8
+    width = int(examples.lengths[rows].max())
     assert {name: tuple(x.shape) for name, x in batch.items()} == dict.fromkeys(
-        ("attention_mask", "input_ids", "labels", "words"), (2, width))
+        ("attention_mask", "input_ids", "labels", "words"), (2, width)) | {"windows": (2,)}
+    assert batch["windows"].tolist() == rows.tolist()
     for i, row in enumerate(rows):
         n, span = examples.lengths[row], slice(examples.offsets[row], examples.offsets[row + 1])
         assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (width - n)
         for name, padding in (("input_ids", 7), ("labels", IGNORED), ("words", -1)):
             assert batch[name][i, :n].tolist() == getattr(examples, name)[span].tolist()
             assert set(batch[name][i, n:].tolist()) <= {padding} and batch[name].dtype == torch.int64
-    assert collate(examples, rows[1:], 7, multiple=1)["input_ids"].shape == (1, examples.lengths[rows[1]])
+    wide = collate(examples, rows[1:], 7, fixed=True)["input_ids"]
+    assert wide.shape == (1, widths(width, fixed=True)) and (wide[0, width:] == 7).all()
 
 
 @pytest.mark.parametrize("n, chunk, ratio, n_held_out, sizes", [

@@ -17,6 +17,7 @@ from seqeval.metrics.v1 import precision_recall_fscore_support
 from seqeval.scheme import IOB2
 
 from xdistil import stages
+from xdistil.inputs import Inputs
 from xdistil.models import CheckpointError
 from xdistil.params import load_params
 from xdistil.runs import STAGES, Run
@@ -360,25 +361,38 @@ def test_a_student_of_teacher_layers_goes_all_the_way(copied):
     assert run.stage("hidden").metrics["score"] == min(scores)
 
 
-@pytest.mark.parametrize("targets_cache_gb", [0, 0.001])
-def test_the_cache_of_teacher_outputs_changes_no_result(copied, smoke, targets_cache_gb):
+def n_transfer_windows(params):
+    return len(Inputs(params, Run(params)).read("transfer")[1])
+
+
+def test_the_teacher_reads_the_transfer_set_once_in_a_whole_run(smoke):
+    params = smoke_params(smoke)
+    asked = [Run(params).stage(name).metrics["teacher_windows"] for name in ("hidden", "logits")]
+    assert asked == [n_transfer_windows(params), 0]
+
+
+@pytest.mark.parametrize("cache, repeats", [
+    ({"targets_cache": "none"}, 2), ({"targets_cache_gb": 0}, 1), ({"targets_cache": "memory"}, 0)])
+def test_the_cache_of_teacher_outputs_changes_no_result(copied, smoke, cache, repeats):
     folder = copied("student-init")
-    run_stages(smoke_params(folder, targets_cache_gb=targets_cache_gb), "hidden", "hidden")
-    kept = list((folder / "targets").rglob("*.npy"))
-    assert bool(kept) == bool(targets_cache_gb) and sum(p.stat().st_size for p in kept) <= targets_cache_gb * 1e9
-    whole, again = weights(smoke / "hidden"), weights(folder / "hidden")
-    for name in whole:
-        assert torch.allclose(whole[name], again[name], atol=1e-3), name
+    run = run_stages(params := smoke_params(folder, **cache), "hidden", "logits")
+    once = {"hidden": n_transfer_windows(params), "logits": 0}
+    again = [run.stage(name).metrics["teacher_windows"] > n for name, n in once.items()]
+    assert again == [repeats > 0, repeats > 1 or cache.get("targets_cache") == "memory"]
+    for stage in ("hidden", "logits"):
+        whole, found = weights(smoke / stage), weights(folder / stage)
+        for name in whole:
+            assert torch.allclose(whole[name], found[name], atol=1e-3), name
 
 
-def test_teacher_outputs_are_kept_within_their_budget_and_dropped_after_stage_1(smoke):
-    kept = {p.name.split("-")[0] for p in (smoke / "targets").rglob("*") if p.is_file()}
-    assert kept == {"logits"}
+def test_hidden_states_and_attention_are_dropped_after_stage_1(smoke):
+    assert {p.name.split("-")[0] for p in (smoke / "targets").rglob("*.bin")} == {"logits"}
 
 
 STAGE_1 = """
 import json, sys
 from xdistil import stages
+from xdistil.inputs import Inputs
 from xdistil.params import load_params
 from xdistil.runs import Run
 params = load_params(json.loads(sys.argv[1]))

@@ -4,20 +4,22 @@ import numpy as np
 import pytest
 import torch
 
+from xdistil import targets
 from xdistil.data import collate
 from xdistil.models import run_model
 from xdistil.targets import DTYPES, Targets, TargetSpec, TargetStore
 
 SPEC = TargetSpec(hidden=(0, 4), attention=(3, 4))
 WINDOWS = np.array([3, 17, 4, 44, 0, 21, 9, 30, 5, 12])
-HALF = {"rtol": 2e-3, "atol": 2e-3}  # float16 keeps 11 bits
+HALF = {"rtol": 8e-3, "atol": 1e-4}  # bfloat16 keeps 8 bits
 
 
 @pytest.fixture
 def open_store(teacher, examples, accelerator, tmp_path):
     """A function to a store over `tmp_path/targets` that counts the teacher's batches in `store.calls`."""
-    def opener(spec=SPEC, budget=1e9, batch_size=4, folder="targets"):
-        store = TargetStore(teacher, spec, examples, 0, accelerator, batch_size, budget, tmp_path / folder)
+    def opener(spec=SPEC, budget=1e9, mode="disk", folder="targets", n_passes=2):
+        store = TargetStore(lambda: teacher, teacher.config, spec, examples, 0, accelerator, folder=tmp_path / folder,
+                            mode=mode, budget_bytes=budget, n_passes=n_passes)
         store.calls = 0
 
         def count(*_):
@@ -25,6 +27,10 @@ def open_store(teacher, examples, accelerator, tmp_path):
         teacher.register_forward_pre_hook(count)
         return store
     return opener
+
+
+def files(folder, pattern="*.bin"):
+    return sorted(path.name for path in folder.glob(pattern))
 
 
 def by_window(store, name="a", windows=WINDOWS, size=4, seed=None):
@@ -50,7 +56,7 @@ def test_targets_are_what_the_teacher_says_of_each_window_alone(open_store, teac
     found = by_window(open_store())
     assert len(found) == len(WINDOWS)
     for window in WINDOWS:
-        batch = collate(examples, [window], 0, multiple=1)
+        batch = collate(examples, [window], 0)
         with torch.inference_mode():
             logits, states, maps = run_model(teacher, batch, True, True)
         kept = found[tuple(batch["input_ids"][0].tolist())]
@@ -75,6 +81,22 @@ def test_kept_and_live_targets_are_the_same(open_store):
         torch.testing.assert_close(one[key]["logits"], other[key]["logits"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["disk", "memory", "auto", "none"])
+def test_the_first_pass_and_every_later_one_read_the_same_numbers_whatever_the_cache(open_store, mode):
+    wanted, store = by_window(open_store(mode="none", folder="other"), seed=5), open_store(mode=mode)
+    exact = {"rtol": 0, "atol": 0}  # what is rounded for the disk is rounded for the first pass as well
+    assert_same(wanted, by_window(store, seed=5), **exact)
+    assert_same(wanted, by_window(store, seed=5), **exact)
+
+
+@pytest.mark.parametrize("mode", ["disk", "memory"])
+def test_the_teacher_is_asked_once_for_each_window(open_store, mode):
+    store = open_store(mode=mode)
+    for seed in (1, 2, None):
+        by_window(store, seed=seed)
+    assert store.asked == len(WINDOWS)
+
+
 @pytest.mark.parametrize("budget", [0, 1e9])
 def test_batches_are_in_the_order_of_the_seed_with_the_fields_of_collate(open_store, examples, budget):
     store = open_store(budget=budget)
@@ -85,51 +107,80 @@ def test_batches_are_in_the_order_of_the_seed_with_the_fields_of_collate(open_st
     width = batch["input_ids"].shape[1]
     n = len(batch["input_ids"])
     assert {name: tuple(x.shape) for name, x in batch.items()} == {
-        **dict.fromkeys(("input_ids", "attention_mask", "labels", "words"), (n, width)),
+        **dict.fromkeys(("input_ids", "attention_mask", "labels", "words"), (n, width)), "windows": (n,),
         "teacher_hidden": (n, width, 2, 48), "teacher_attention": (n, 2, 4, width, width),
         "teacher_logits": (n, width, 7)}
     assert examples.lengths[WINDOWS].max() == batch["attention_mask"].sum(1).max()
 
 
-def test_padding_is_zero(open_store):
-    for batch in open_store().batches("a", WINDOWS, 10, 1):
-        pad = batch["attention_mask"] == 0
-        assert pad.any()
-        assert (batch["teacher_hidden"][pad] == 0).all() and (batch["teacher_logits"][pad] == 0).all()
-        maps = batch["teacher_attention"]
-        assert (maps.movedim(3, 1)[pad] == 0).all() and (maps.movedim(4, 1)[pad] == 0).all()
+def test_padding_is_finite(open_store):
+    store = open_store()
+    for _ in range(2):
+        for batch in store.batches("a", WINDOWS, 10, 1):
+            assert (batch["attention_mask"] == 0).any()
+            assert all(batch[f"teacher_{kind}"].isfinite().all() for kind in DTYPES)
 
 
 @pytest.mark.parametrize("spec", [SPEC, TargetSpec(), TargetSpec(hidden=(4,)), TargetSpec(attention=(1,))])
 def test_bytes_are_counted_to_the_byte(open_store, examples, spec, tmp_path):
-    store = open_store(spec)
-    store.chunk("a", WINDOWS)
-    paths = sorted((tmp_path / "targets").iterdir())
-    on_disk = sum(path.stat().st_size - np.load(path, mmap_mode="r").offset for path in paths)
-    lengths = examples.lengths[WINDOWS].astype(int)
+    store, lengths = open_store(spec), examples.lengths[WINDOWS].astype(int)
+    by_window(store)
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "targets").glob("*.bin"))
     by_hand = lengths.sum() * (2 * 48 * len(spec.hidden) + 4 * 7) + (lengths**2).sum() * 2 * 4 * len(spec.attention)
     assert on_disk == spec.n_bytes(lengths, store.config) == by_hand
     kinds = ["attention"] * bool(spec.attention) + ["hidden"] * bool(spec.hidden) + ["logits"]
-    assert [path.name for path in paths] == [f"{kind}-a.npy" for kind in kinds]
+    assert files(tmp_path / "targets") == [f"{kind}-a.bin" for kind in kinds]
 
 
 def test_the_budget_is_spent_chunk_by_chunk_and_not_overdrawn(open_store, examples, tmp_path):
-    lengths, whole = examples.lengths, open_store()
     first, second = WINDOWS[:5], WINDOWS[5:]
-    need = [SPEC.n_bytes(lengths[x], whole.config) for x in (first, second)]
+    need = [SPEC.n_bytes(examples.lengths[x], open_store().config) for x in (first, second)]
     store = open_store(budget=sum(need) - 1)
-    assert store.chunk("a", first) is not None and store.chunk("b", second) is None
-    assert {p.name.split("-")[1] for p in (tmp_path / "targets").iterdir()} == {"a.npy"}
-    assert open_store(budget=sum(need), folder="exact").chunk("a", first) is not None
-    assert open_store(budget=need[0] - 1, folder="less").chunk("a", first) is None
+    for _ in range(2):
+        by_window(store, "a", first), by_window(store, "b", second)
+    assert files(tmp_path / "targets") == ["attention-a.bin", "hidden-a.bin", "logits-a.bin", "logits-b.bin"]
+    assert store.asked == len(first) + 2 * len(second)
+    open_store(budget=need[0], folder="exact").batches("a", first, 4)
+    by_window(open_store(budget=need[0], folder="exact"), "a", first)
+    assert len(files(tmp_path / "exact")) == 3
+    by_window(open_store(budget=need[0] - 1, folder="less"), "a", first)
+    assert files(tmp_path / "less") == ["logits-a.bin"]
 
 
-def test_nothing_is_kept_without_a_budget(open_store, tmp_path):
-    store = open_store(budget=0)
+def test_nothing_is_kept_where_nothing_is_to_be_kept(open_store, tmp_path):
+    store = open_store(mode="none")
+    by_window(store), by_window(store)
+    assert store.asked == 2 * len(WINDOWS) and not (tmp_path / "targets").exists()
+    store = open_store(mode="memory")
+    by_window(store), by_window(store)
+    assert store.asked == len(WINDOWS) and not (tmp_path / "targets").exists()
+    store = open_store(mode="auto", n_passes=1)  # nobody reads hidden states and attention again
     by_window(store)
-    one = store.calls
-    by_window(store)
-    assert store.calls == 2 * one > 0 and not list(tmp_path.rglob("*.npy"))
+    assert files(tmp_path / "targets") == ["logits-a.bin"]
+
+
+@pytest.mark.parametrize("slow, names", [("teacher", 3), ("reading", 1)])
+def test_auto_keeps_all_kinds_if_reading_is_faster_than_the_teacher(open_store, tmp_path, monkeypatch, slow, names):
+    class Clock:
+        now, step = 0.0, {"ask": 0.0, "padded": 0.0} | {{"teacher": "ask", "reading": "padded"}[slow]: 1.0}
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    for owner, name in ((TargetStore, "ask"), (Targets, "padded")):
+        method = getattr(owner, name)
+
+        def timed(self, *args, do=method, name=name):
+            clock.now += clock.step[name]
+            return do(self, *args)
+        monkeypatch.setattr(owner, name, timed)
+    monkeypatch.setattr(targets, "time", clock)
+    store = open_store(mode="auto")
+    by_window(store, "a", WINDOWS[:5]), by_window(store, "b", WINDOWS[5:])
+    assert len(files(tmp_path / "targets", "*-b.bin")) == names
+    again = open_store(mode="auto")  # as after an interruption: the verdict stands
+    assert again.keep_all == (names == 3) and not again.undecided
 
 
 def test_files_survive_and_the_teacher_is_not_asked_again(open_store):
@@ -144,25 +195,34 @@ def test_files_survive_and_the_teacher_is_not_asked_again(open_store):
     assert again.calls == 0
 
 
-def test_partial_files_do_not_count(open_store, tmp_path):
-    folder = tmp_path / "targets"
-    folder.mkdir()
-    (folder / "hidden-a.partial").write_bytes(b"half")
+def test_an_interrupted_chunk_is_done_again(open_store, tmp_path):
     store = open_store()
-    before = by_window(store)
-    assert store.calls > 0
-    (folder / "attention-a.npy").unlink()  # one kind of three is missing
+    for _ in zip(range(2), store.batches("a", WINDOWS, 4), strict=False):
+        pass  # and then the process is killed
+    assert files(tmp_path / "targets", "*") == ["attention-a.bin", "hidden-a.bin", "logits-a.bin"]
+    again = open_store()
+    before = by_window(again)
+    assert again.asked == len(WINDOWS)
+    (tmp_path / "targets" / "attention-a.bin").unlink()  # one kind of three is missing
     again = open_store()
     assert_same(before, by_window(again), rtol=0, atol=0)
-    assert again.calls > 0 and not list(folder.glob("*.partial"))
+    assert again.asked == len(WINDOWS)
+
+
+@pytest.mark.parametrize("harm", [lambda old: old[:40] + bytes([old[40] ^ 1]) + old[41:], lambda old: old[:-8]])
+def test_damaged_files_are_made_again(open_store, tmp_path, capsys, harm):
+    before, path = by_window(open_store()), tmp_path / "targets" / "hidden-a.bin"
+    path.write_bytes(harm(path.read_bytes()))
+    again = open_store()
+    assert_same(before, by_window(again), rtol=0, atol=0)
+    assert again.asked == len(WINDOWS) and "checksums" in capsys.readouterr().out
 
 
 def test_dropped_kinds_are_gone_and_come_back_when_asked(open_store, tmp_path):
     store = open_store()
     before = by_window(store)
-    (tmp_path / "targets" / "hidden-b.partial").write_bytes(b"half")
     store.drop("hidden", "attention")
-    assert [p.name for p in (tmp_path / "targets").iterdir()] == ["logits-a.npy"]
+    assert files(tmp_path / "targets") == ["logits-a.bin"]
     logits = open_store(TargetSpec())  # what the next stage needs is still there
     assert {key: x["logits"].tolist() for key, x in by_window(logits).items()} == {
         key: x["logits"].tolist() for key, x in before.items()}
@@ -170,12 +230,10 @@ def test_dropped_kinds_are_gone_and_come_back_when_asked(open_store, tmp_path):
     assert_same(before, by_window(open_store()), rtol=0, atol=0)
 
 
-def test_values_beyond_float16_are_clamped_and_logits_are_not():
-    lengths = np.array([2])
-    arrays = {"hidden": np.zeros((2, 1, 2), np.float16), "logits": np.zeros((2, 1), np.float32)}
-    targets = Targets(lengths, arrays)
-    targets.put(np.array([0]), {"hidden": torch.tensor([[[[1e6, -1e6]], [[1.5, -0.25]], [[9.0, 9.0]]]]),
-                                "logits": torch.tensor([[[1e6], [-1e6], [9.0]]])})
-    assert arrays["hidden"].tolist() == [[[65504, -65504]], [[1.5, -0.25]]]
-    assert arrays["logits"].tolist() == [[1e6], [-1e6]]
-    assert targets.padded(np.array([0]), 3, 1)["teacher_logits"].tolist() == [[[1e6], [-1e6], [0]]]
+def test_values_keep_the_range_of_float32():
+    arrays = {"hidden": torch.zeros(2, 1, 2, dtype=torch.bfloat16), "logits": torch.zeros(2, 1)}
+    found = Targets(np.array([2]), arrays)
+    found.put(np.array([0]), {"hidden": torch.tensor([[[[1e6, -1e6]], [[1.5, -0.25]], [[9.0, 9.0]]]]).bfloat16(),
+                              "logits": torch.tensor([[[1e6], [-1e6], [9.0]]])})
+    assert arrays["hidden"].float().tolist() == [[[999424, -999424]], [[1.5, -0.25]]]
+    assert found.padded(np.array([0]), 2, 1)["logits"].tolist() == [[[1e6], [-1e6]]]

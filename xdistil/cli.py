@@ -117,7 +117,7 @@ def predict_file(asked) -> int:
     labels = [config.id2label[i] for i in range(config.num_labels)]
     tokenizer = models.load_tokenizer(asked.student_dir, "STUDENT_DIR")
     accelerator = devices.open_accelerator(asked.device, quiet=True)
-    model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR").to(accelerator.device)
+    model = models.prepare_to_answer(models.load_classifier(asked.student_dir, labels, "STUDENT_DIR"), accelerator)
     lines, seq_len = data.read_lines(asked.input), min(tokenizer.model_max_length, models.n_positions(config))
 
     def write(path=None):

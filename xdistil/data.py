@@ -2,10 +2,11 @@
 `words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no quoting; a transfer line is text
 (further columns are ignored)."""
 
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from xdistil.files import save_text
 from xdistil.losses import IGNORED
 
+POOL = 128  # batches that are shuffled and sorted by length together
+REMEMBERED = weakref.WeakKeyDictionary()  # pieces by word, by tokenizer
 CACHED_WORDS = 1_000_000  # distinct words whose pieces are remembered: some 300 MB at the most
 
 
@@ -116,9 +119,9 @@ def write_tagged(path: Path, sentences: Sentences, tags: list[list[str]]) -> Non
 
 def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list[int]]]:
     """The sub-word ids of each word of each sentence; a word without any gets the unknown id. Distinct words are
-    tokenised once and remembered where that is exact, which is checked on the first sentences; elsewhere (pieces that
-    depend on neighbours) whole sentences are tokenised in batches."""
-    unknown, cache = [tokenizer.unk_token_id or 0], {}
+    tokenised once for all files and remembered where that is exact, which is checked on the first sentences; elsewhere
+    (pieces that depend on neighbours) whole sentences are tokenised in batches."""
+    unknown, cache = [tokenizer.unk_token_id or 0], REMEMBERED.setdefault(tokenizer, {})
 
     def whole(batch):
         encoded = tokenizer(batch, is_split_into_words=True, add_special_tokens=False, verbose=False)
@@ -133,8 +136,8 @@ def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list
         if len(cache) + len(words) > CACHED_WORDS:
             cache.clear()
         new = [word for word in words if word not in cache]
-        found = whole([[word] for word in new]) if new else ()
-        cache.update((word, pieces[0]) for word, pieces in zip(new, found, strict=True))
+        rows = [new[i : i + 64] for i in range(0, len(new), 64)]  # one call a word would cost more than its pieces
+        cache.update(zip(new, chain.from_iterable(whole(rows) if rows else ()), strict=True))
         return [[cache[word] for word in sentence] for sentence in batch]
 
     source, split = iter(sentences), None
@@ -193,27 +196,50 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
     """Token ids of sentences; longer ones become overlapping windows of at most `seq_len` sub-words."""
     (before, after), tagged = special_tokens(tokenizer), labels and sentences.tags
     capacity, label_id = seq_len - len(before) - len(after), {label: i for i, label in enumerate(labels)}
-    ids, tags, words, offsets, owners = [], [], [], [0], []
+    # Ids are gathered in a list; of everything else only counts, from which numpy makes the rest at once.
+    ids, counts, spans = [], [], []  # pieces of each shown word; (sentence, start, end, first, last) of each window
     for i, pieces in enumerate(word_pieces(tokenizer, sentences.words)):
-        for start, end, first, last in windows([len(p) for p in pieces], capacity):
-            shown = [(piece, w if first <= w < last and not nth else -1)
-                     for w in range(start, end) for nth, piece in enumerate(pieces[w][:capacity])]
-            ids += [*before, *(piece for piece, _ in shown), *after]
-            owned = [-1] * len(before) + [w for _, w in shown] + [-1] * len(after)
-            tags += [label_id[sentences.tags[i][w]] if tagged and w >= 0 else IGNORED for w in owned]
-            words += owned
-            offsets.append(len(ids))
-            owners.append(i)
-    types = (np.int32, np.int16, np.int32, np.int64, np.int32)
-    return Examples(*map(np.asarray, (ids, tags, words, offsets, owners), types))
+        sizes = list(map(len, pieces))
+        whole = sum(sizes) <= capacity
+        for start, end, first, last in [(0, len(pieces), 0, len(pieces))] if whole else windows(sizes, capacity):
+            ids += before
+            ids += chain.from_iterable(pieces if whole else (p[:capacity] for p in pieces[start:end]))
+            ids += after
+            counts += sizes if whole else (min(size, capacity) for size in sizes[start:end])
+            spans.append((i, start, end, first, last))
+    counts, spans = np.asarray(counts, np.int64), np.asarray(spans, np.int64).reshape(-1, 5)
+    owner, start, end, first, last = spans.T
+    n_words = end - start
+    window = np.repeat(np.arange(len(spans)), n_words)  # of each shown word
+    word = np.arange(len(counts)) - np.repeat(np.cumsum(n_words) - n_words, n_words) + start[window]
+    n_special = len(before) + len(after)
+    place = np.cumsum(counts) - counts + window * n_special + len(before)  # of its first sub-word
+    sizes = np.bincount(window, counts, len(spans)).astype(np.int64) + n_special
+    owned = (first[window] <= word) & (word < last[window])
+    words, tags = np.full(len(ids), -1, np.int32), np.full(len(ids), IGNORED, np.int16)
+    words[place[owned]] = word[owned]
+    if tagged:  # every word is owned once, and in order
+        tags[place[owned]] = [label_id[tag] for sentence in sentences.tags for tag in sentence]
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return Examples(np.asarray(ids, np.int32), tags, words, offsets, owner.astype(np.int32))
 
 
-def batches(lengths: np.ndarray, batch_size: int, seed: int | None = None, multiple: int = 8) -> list[np.ndarray]:
+# sub-words of a batch's rows where every shape is compiled for itself (XLA)
+BUCKETS = np.array([8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024])
+
+
+def widths(lengths: np.ndarray, fixed: bool = False) -> np.ndarray:
+    """The width that a batch needs for each window: its length or, with `fixed`, the next of a few BUCKETS."""
+    lengths = np.asarray(lengths)
+    return BUCKETS[np.minimum(np.searchsorted(BUCKETS, lengths), len(BUCKETS) - 1)] if fixed else lengths
+
+
+def batches(lengths: np.ndarray, batch_size: int, seed: int | None = None, fixed: bool = False) -> list[np.ndarray]:
     """Indices of length-grouped batches with about the same number of token slots each. Windows are shuffled, sorted
     by length within large pools, and packed up to `batch_size` times the mean length in slots: `batch_size` windows of
     average length, more short ones, fewer long ones. Without a seed: one pool, longest first, for evaluation."""
-    padded, rng, packed = -(-np.asarray(lengths) // multiple) * multiple, np.random.default_rng(seed), []
-    slots, pool_size = batch_size * padded.mean(), len(padded) if seed is None else 64 * batch_size
+    padded, rng, packed = widths(lengths, fixed), np.random.default_rng(seed), []
+    slots, pool_size = batch_size * padded.mean(), len(padded) if seed is None else POOL * batch_size
     order = np.arange(len(padded)) if seed is None else rng.permutation(len(padded))
     for pool in np.split(order, range(pool_size, len(order), pool_size)):
         pool = pool[np.argsort(-padded[pool], kind="stable")]
@@ -224,13 +250,13 @@ def batches(lengths: np.ndarray, batch_size: int, seed: int | None = None, multi
     return packed if seed is None else [packed[i] for i in rng.permutation(len(packed))]
 
 
-def collate(examples: Examples, indices, pad_id: int, multiple: int = 8) -> dict[str, torch.Tensor]:
-    """One batch: input_ids, attention_mask, labels and words, each [B, S], S rounded up to a multiple."""
-    lengths = examples.lengths[indices]
-    width = -(-int(lengths.max()) // multiple) * multiple
+def collate(examples: Examples, indices, pad_id: int, fixed: bool = False) -> dict[str, torch.Tensor]:
+    """One batch: input_ids, attention_mask, labels and words, each [B, S], S the longest of `widths`; windows [B]."""
+    lengths, indices = examples.lengths[indices], np.asarray(indices)
+    width = int(widths(lengths.max(), fixed))
     real = np.arange(width) < lengths[:, None]
-    places = np.concatenate([np.arange(examples.offsets[i], examples.offsets[i + 1]) for i in indices])
-    batch = {"attention_mask": torch.from_numpy(real.astype(np.int64))}
+    places = (examples.offsets[indices][:, None] + np.arange(width))[real]
+    batch = {"attention_mask": torch.from_numpy(real.astype(np.int64)), "windows": torch.from_numpy(indices)}
     for name, padding in (("input_ids", pad_id), ("labels", IGNORED), ("words", -1)):
         field = np.full(real.shape, padding, np.int64)
         field[real] = getattr(examples, name)[places]

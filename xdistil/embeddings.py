@@ -5,13 +5,13 @@ import torch
 
 def compress(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Truncated SVD of word embeddings [V, H], not centred (2004.05686), by their second moments [H, H], summed in
-    blocks: no double-precision copy. Returns U_k S_k = matrix @ V_k, [V, rank]; and all H singular values, descending.
+    double precision over blocks. Returns U_k S_k = matrix @ V_k, [V, rank]; and all H singular values, descending.
     Raises ValueError if the rank is not in 1..min(V, H)."""
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(f"compress_word_embedding: rank {rank} of a {tuple(matrix.shape)} matrix; "
                          f"set hidden_size to at most {min(matrix.shape)}")
     matrix = matrix.detach().cpu()
-    moments = sum(block.T @ block for block in map(torch.Tensor.double, matrix.split(8192)))
+    moments = sum((block.T @ block).double() for block in matrix.float().split(4096))
     values, vectors = torch.linalg.eigh(moments)
     basis = vectors.flip(-1)[:, :rank].to(matrix.dtype)
     basis *= basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # else the signs depend on the LAPACK build

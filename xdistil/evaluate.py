@@ -66,7 +66,7 @@ def retention(student: dict, teacher: dict) -> dict:
 def measure_speed(model, examples: data.Examples, pad_id: int, accelerator, n: int = 100) -> dict:
     """Median milliseconds per window at batch 1, and windows per second at batch 32; the model alone."""
     def seconds(rows) -> float:
-        batch = data.collate(examples, rows, pad_id, multiple=1)
+        batch = data.collate(examples, rows, pad_id)
         return timeit.timeit(lambda: _best(model, batch, accelerator), number=1)
 
     model.eval()

@@ -115,12 +115,12 @@ class Inputs:
         scores, _ = self.score(model, "dev", accelerator)
         return {"metric": "dev macro F1", "score": scores["macro"], "micro": scores["micro"]}
 
-    def labelled(self, batch_size: int) -> Feed:
+    def labelled(self, batch_size: int, accelerator) -> Feed:
         """The training set as a feed for `fit`."""
-        _, examples = self.read("train")
+        (_, examples), fixed = self.read("train"), accelerator.device.type == "xla"
 
         def batches(pass_number: int, _chunk: int):
-            for rows in data.batches(examples.lengths, batch_size, self.params.seed + 7919 * pass_number):
-                yield data.collate(examples, rows, self.pad_id)
+            for rows in data.batches(examples.lengths, batch_size, self.params.seed + 7919 * pass_number, fixed):
+                yield data.collate(examples, rows, self.pad_id, fixed)
 
         return Feed(batches, len(examples))

@@ -6,7 +6,7 @@ import itertools
 import time
 from importlib import resources
 
-import torch
+import numpy as np
 import transformers
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
@@ -14,11 +14,13 @@ from torch import nn
 
 from xdistil import alignment, data, embeddings, evaluate, losses, models, students
 from xdistil.devices import open_accelerator
+from xdistil.feeds import from_frozen, held_out_loss, transfer, transfer_feeds
 from xdistil.files import save_atomic, save_json, save_text
+from xdistil.frozen import run_upper
 from xdistil.inputs import Inputs, depends, teacher_dir, teacher_source
-from xdistil.params import Params, fingerprint
+from xdistil.params import Params
 from xdistil.runs import STAGES, Run, Stage, describe_changes
-from xdistil.targets import TargetSpec, TargetStore
+from xdistil.targets import TargetSpec
 from xdistil.training import Feed, Recipe, fit
 from xdistil.unfreeze import layer_groups, unfreezing_steps, word_embedding
 
@@ -62,8 +64,8 @@ def _fit(params: Params, stage: Stage, accelerator, model, terms, feed, judge, e
                name=stage.name, weights=weights)
 
 
-def _load_teacher(params: Params, run: Run, inputs: Inputs, device="cpu"):
-    return models.load_classifier(teacher_dir(params, run), inputs.labels, "teacher_model_dir").eval().to(device)
+def _load_teacher(params: Params, run: Run, inputs: Inputs):
+    return models.load_classifier(teacher_dir(params, run), inputs.labels, "teacher_model_dir").eval()
 
 
 def _load_student(run: Run, name: str, inputs: Inputs, device="cpu"):
@@ -71,7 +73,7 @@ def _load_student(run: Run, name: str, inputs: Inputs, device="cpu"):
 
 
 def _label_terms(model, batch):
-    return {"labels": losses.tag_loss(models.run_model(model, batch)[0], batch["labels"])}
+    return {"labels": losses.tag_loss(run_upper(model, batch), batch["labels"])}
 
 
 @_stage
@@ -82,7 +84,8 @@ def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     if parameter == "teacher_model_dir":
         stage.say(f"fine-tuning skipped: {source} holds a fine-tuned teacher")
     else:
-        feed, judge = inputs.labelled(params.teacher_batch_size), functools.partial(inputs.dev_f1, accelerator)
+        feed = inputs.labelled(params.teacher_batch_size, accelerator)
+        judge = functools.partial(inputs.dev_f1, accelerator)
         summary = _fit(params, stage, accelerator, teacher, _label_terms, feed, judge, params.teacher_epochs or
                        params.ft_epochs, params.teacher_lr, [("all", list(dict(teacher.named_parameters())))])
         models.save_model(teacher, inputs.tokenizer, teacher_dir(params, run))
@@ -139,46 +142,12 @@ def _frozen_words(params: Params, student) -> frozenset[str]:
     return frozenset(names if params.freeze_word_embedding else ())
 
 
-def _transfer(params: Params, run: Run, inputs: Inputs, teacher, spec: TargetSpec, accelerator):
-    """The store of teacher outputs, a feed over the chunks, and a function to the held-out batches."""
-    (_, examples), size = inputs.read("transfer"), params.student_distil_batch_size
-    cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
-    held_out, chunks = data.split_transfer(len(examples), *cut.values())
-    key = fingerprint([run.stage("teacher").fingerprint, depends(params, run, "logits")["transfer file"], cut,
-                       params.pick("opt_policy", "seq_len", "transfer_limit")])
-    store = TargetStore(teacher, spec, examples, inputs.pad_id, accelerator, max(size, 64),
-                        params.targets_cache_gb * 1e9, run.dir / "targets" / key)
-
-    def batches(pass_number: int, chunk: int):
-        return store.batches(f"chunk-{chunk}", chunks[chunk], size, params.seed + 7919 * pass_number + 104729 * chunk)
-
-    return store, Feed(batches, sum(map(len, chunks)), len(chunks)), lambda: store.batches("held-out", held_out, size)
-
-
-def _held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
-    """An `evaluate` for `fit`: the weighted sum of the loss terms over the held-out windows."""
-
-    def judge(model):
-        model.eval()
-        means, n = {}, 0
-        for batch in held_out():
-            batch, size = {name: x.to(accelerator.device) for name, x in batch.items()}, len(batch["input_ids"])
-            with torch.inference_mode(), accelerator.autocast():
-                found = terms(model, batch)
-            n += size
-            for name, value in found.items():
-                means[name] = means.get(name, 0.0) + (float(value) - means.get(name, 0.0)) * size / n
-        total = sum(weights.get(name.split("_")[0], 1.0) * mean for name, mean in means.items())
-        return {"metric": "held-out loss", "score": total, **{f"held_out_{name}": x for name, x in means.items()}}
-
-    return judge
-
-
 @_stage
 def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     """3. Stage 1: hidden states and attention on the transfer set; then fold the head."""
     inputs, device = Inputs(params, run), accelerator.device
-    teacher, student = _load_teacher(params, run, inputs, device), _load_student(run, "student-init", inputs, device)
+    teacher = models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator)
+    student = _load_student(run, "student-init", inputs, device)
     hidden, maps = layer_pairs(params, teacher.config, student.config)
     for model in (teacher, student) if maps else ():
         model.set_attn_implementation("eager")  # the only one that returns maps
@@ -186,66 +155,83 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     projections = students.make_projections(hidden, student.config.hidden_size, teacher.config.hidden_size).to(device)
     both = nn.ModuleDict({"student": student, "projections": projections})
     spec = TargetSpec(tuple(t for _, t in hidden), tuple(t for _, t in maps))
-    store, feed, held_out = _transfer(params, run, inputs, teacher, spec, accelerator)
+    store, *windows = transfer(params, run, inputs, lambda: teacher, spec, accelerator)
+    feed, held_out = transfer_feeds(params, store, *windows)
     terms = students.distil_terms(hidden, maps, params.hidden_loss, params.attention_loss)
     weights = {"hidden": params.hidden_weight, "attention": params.attention_weight}
     fixed = {f"student.{n}" for n in (*dict(layer_groups(student))["head"], *_frozen_words(params, student))}
-    measure = functools.partial(alignment.measure_alignment, teacher, student, projections, inputs.read("dev")[1],
-                                inputs.pad_id, device, hidden_pairs=hidden, attention_pairs=maps)
-    before, judge = measure(), _held_out_loss(terms, held_out, weights, accelerator)
+    measure = accelerator.autocast()(functools.partial(
+        alignment.measure_alignment, teacher, student, projections, inputs.read("dev")[1], inputs.pad_id, device,
+        hidden_pairs=hidden, attention_pairs=maps))
+    before, judge = measure(), held_out_loss(terms, held_out, weights, accelerator)
     learning = [name for name, _ in both.named_parameters() if name not in fixed]
     summary = _fit(params, stage, accelerator, both, terms, feed, judge, params.distil_epochs, params.distil_lr,
                    [("all", learning)], weights)
     students.fold_head(student, teacher, dict(projections.items()).get(str(hidden[-1][0])))
-    models.save_model(student, inputs.tokenizer, stage.dir)
+    found = _save_student(stage, student, inputs, accelerator)
     tensors = {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}
     save_atomic(stage.dir / "projections.safetensors", lambda path: save_file(tensors, path))
     store.drop("hidden", "attention")
-    return {"dev": inputs.score(student, "dev", accelerator)[0], **summary, "alignment_before": before,
-            "alignment_after": measure()}
+    return found | summary | {"teacher_windows": store.asked, "alignment_before": before, "alignment_after": measure()}
 
 
 @_stage
 def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     """4. Stage 2: the teacher's logits on the transfer set, with gradual unfreezing."""
-    teacher = _load_teacher(params, run, inputs := Inputs(params, run), accelerator.device)
-    _, feed, held_out = _transfer(params, run, inputs, teacher, TargetSpec(), accelerator)
+    inputs = Inputs(params, run)
+    student, steps = _student_and_steps(params, run, "hidden", inputs, accelerator.device)
+
+    def load_teacher():  # most often in vain: stage 1 has left its logits
+        return models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator)
+
+    store, *windows = transfer(params, run, inputs, load_teacher, TargetSpec(), accelerator)
+    through = from_frozen(params, student, inputs.read("transfer")[1], inputs.pad_id, accelerator)
+    feed, held_out = transfer_feeds(params, store, *windows, through)
     loss = {"mse": losses.logit_mse, "kl": functools.partial(losses.logit_kl, temperature=params.temperature)}
 
     def terms(model, batch):
-        logits = models.run_model(model, batch)[0]
+        logits = run_upper(model, batch)
         return {"logits": loss[params.logit_loss](logits, batch["teacher_logits"], batch["attention_mask"])}
 
-    judge = _held_out_loss(terms, held_out, {}, accelerator)
-    return _train_downwards(params, run, stage, accelerator, inputs, "hidden", terms, feed, judge,
-                            params.distil_epochs, params.logit_lr)
+    judge = held_out_loss(terms, held_out, {}, accelerator)
+    summary = _fit(params, stage, accelerator, student, terms, feed, judge, params.distil_epochs, params.logit_lr,
+                   steps)
+    return _save_student(stage, student, inputs, accelerator) | summary | {"teacher_windows": store.asked}
 
 
 @_stage
 def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     """5. Stage 3: cross-entropy on labels, with gradual unfreezing; dev F1 selects."""
     inputs = Inputs(params, run)
-    feed, judge = inputs.labelled(params.student_ft_batch_size), functools.partial(inputs.dev_f1, accelerator)
-    return _train_downwards(params, run, stage, accelerator, inputs, "logits", _label_terms, feed, judge,
-                            params.ft_epochs, params.ft_lr)
+    student, steps = _student_and_steps(params, run, "logits", inputs, accelerator.device)
+    examples, feed = inputs.read("train")[1], inputs.labelled(params.student_ft_batch_size, accelerator)
+    through = from_frozen(params, student, examples, inputs.pad_id, accelerator)
+    feed = Feed(through(np.arange(len(examples)), feed.batches), feed.n_windows)
+    judge = functools.partial(inputs.dev_f1, accelerator)
+    summary = _fit(params, stage, accelerator, student, _label_terms, feed, judge, params.ft_epochs, params.ft_lr,
+                   steps)
+    return _save_student(stage, student, inputs, accelerator) | summary
 
 
-def _train_downwards(params, run, stage, accelerator, inputs, source: str, terms, feed, judge, epochs, lr):
-    """What stages 2 and 3 share: load, unfreeze from top to bottom while training, save, score on dev."""
-    student = _load_student(run, source, inputs, accelerator.device)
+def _student_and_steps(params: Params, run: Run, source: str, inputs: Inputs, device):
+    """The student of an earlier stage, and the steps that unfreeze it from top to bottom."""
+    student = _load_student(run, source, inputs, device)
     models.set_dropout(student, hidden=params.dropout, attention=params.dropout)
-    steps = unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))
-    summary = _fit(params, stage, accelerator, student, terms, feed, judge, epochs, lr, steps)
+    return student, unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))
+
+
+def _save_student(stage: Stage, student, inputs: Inputs, accelerator) -> dict:
+    """Write the trained student; its scores on dev."""
     models.save_model(student, inputs.tokenizer, stage.dir)
-    return {"dev": inputs.score(student, "dev", accelerator)[0], **summary}
+    return {"dev": inputs.score(student, "dev", accelerator)[0]}
 
 
 @_stage
 def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     """6. Teacher and student on dev and, for the first and only time, on test; size, speed, likeness."""
     inputs, device = Inputs(params, run), accelerator.device
-    pair = {"teacher": _load_teacher(params, run, inputs, device),
-            "student": _load_student(run, "labels", inputs, device)}
+    pair = {"teacher": _load_teacher(params, run, inputs), "student": _load_student(run, "labels", inputs)}
+    pair = {name: models.prepare_to_answer(model, accelerator) for name, model in pair.items()}
     (gold, test), metrics = inputs.read("test"), {}
     for (name, model), done in zip(pair.items(), ("teacher", "labels"), strict=True):
         scores, tags = inputs.score(model, "test", accelerator)
@@ -254,7 +240,8 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
                          **evaluate.measure_speed(model, test, inputs.pad_id, accelerator)}
     data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes second
     metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])
-    likeness = alignment.measure_alignment(*pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, device)
+    with accelerator.autocast():
+        likeness = alignment.measure_alignment(*pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, device)
     return metrics | {"cka": likeness["cka"]}
 
 

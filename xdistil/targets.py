@@ -1,21 +1,26 @@
-"""What the teacher says of a chunk: computed once, kept without padding, read back per batch. Kinds: `hidden`
-[T, P, H_t] for T tokens and P layers, `attention` (each window's P x A x S x S maps, end to end), both in float16, and
-`logits` [T, C] in float32."""
+"""What the teacher says of a chunk: computed in the first pass over it, kept without padding, read back per batch.
+Kinds: `hidden` [T, P, H_t] for T tokens and P layers and `attention` (each window's P x A x S x S maps, end to end),
+both in bfloat16, and `logits` [T, C] in float32, which every cache but "none" keeps for later stages."""
 
-import os
-from collections.abc import Iterator
+import functools
+import math
+import mmap
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 
 from xdistil.data import Examples, batches, collate
+from xdistil.files import read_json, save_json
 from xdistil.models import run_model
 
-DTYPES = {"hidden": np.float16, "attention": np.float16, "logits": np.float32}
-HALF_MAX = float(np.finfo(np.float16).max)
+# bfloat16 has the range of float32: no outlying dimension overflows
+DTYPES = {"hidden": torch.bfloat16, "attention": torch.bfloat16, "logits": torch.float32}
+RELEASE_EVERY = 16  # batches between two calls of `MappedFile.release`
 
 
 @dataclass(frozen=True)
@@ -34,101 +39,189 @@ class TargetSpec:
 
     def n_bytes(self, lengths: np.ndarray, config) -> int:
         """Bytes that the outputs for windows of these lengths take."""
-        shapes = self.shapes(lengths, config).items()
-        return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[kind]).itemsize for kind, shape in shapes)
+        return sum(_n_bytes(kind, shape) for kind, shape in self.shapes(lengths, config).items())
+
+
+def _n_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    return DTYPES[kind].itemsize * int(np.prod(shape))
+
+
+class MappedFile:
+    """A tensor of one kind on disk, memory-mapped; `release` gives its pages back to the system's file cache."""
+
+    def __init__(self, path: Path, kind: str, shape: tuple[int, ...]):
+        size = _n_bytes(kind, shape)
+        with open(path, "ab+") as handle:
+            handle.truncate(size)
+            self.map = mmap.mmap(handle.fileno(), size)
+        self.tensor = torch.frombuffer(self.map, dtype=DTYPES[kind]).view(shape)
+
+    def checksum(self) -> int:
+        """CRC-32 of the bytes, read in blocks, none of which stays resident."""
+        value, step = 0, 1 << 24
+        for start in range(0, len(self.map), step):
+            value = zlib.crc32(memoryview(self.map)[start : start + step], value)
+            self.release()
+        return value
+
+    def release(self) -> None:
+        """Resident memory falls by the pages that were touched; what was written stays."""
+        if hasattr(self.map, "madvise"):  # not on Windows
+            self.map.madvise(mmap.MADV_DONTNEED)
 
 
 class Targets:
-    """The teacher's outputs for windows of known lengths: flat arrays by kind, read back padded."""
+    """The teacher's outputs for windows of known lengths: flat arrays by kind, written and read as padded batches."""
 
-    def __init__(self, lengths: np.ndarray, arrays: dict[str, np.ndarray]):
+    def __init__(self, lengths: np.ndarray, arrays: dict[str, torch.Tensor]):
+        self.lengths, self.arrays = lengths, arrays
+        self.starts = np.cumsum(lengths, dtype=np.int64) - lengths
         squares = lengths.astype(np.int64) ** 2
-        self.lengths, self.n_maps = lengths, len(arrays.get("attention", ())) // max(1, int(squares.sum()))
-        sizes = {kind: squares * self.n_maps if kind == "attention" else lengths for kind in arrays}
-        self.parts = {kind: np.split(flat, np.cumsum(sizes[kind])[:-1]) for kind, flat in arrays.items()}  # views
+        self.corners, self.n_squares = np.cumsum(squares) - squares, int(squares.sum())
+
+    def _maps(self, row: int, n_layers: int, n_heads: int) -> torch.Tensor:
+        """A view of one window's attention maps [P, A, S, S]."""
+        n, each = int(self.lengths[row]), n_layers * n_heads
+        start = int(self.corners[row]) * each
+        return self.arrays["attention"][start : start + each * n * n].view(n_layers, n_heads, n, n)
+
+    def _tokens(self, rows: np.ndarray, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places of the windows' tokens in the arrays, [B, width], and which of them are real."""
+        column = np.arange(width)
+        places = self.starts[rows, None] + np.minimum(column, self.lengths[rows, None] - 1)
+        return torch.from_numpy(places), torch.from_numpy(column < self.lengths[rows, None])
 
     def put(self, rows: np.ndarray, outputs: dict[str, torch.Tensor]) -> None:
-        """Store the padded outputs ([B, S, ...], attention [B, P, A, S, S]) without their padding."""
-        for kind, tensor in outputs.items():
-            half = DTYPES[kind] is np.float16
-            values = (tensor.float().clamp(-HALF_MAX, HALF_MAX).half() if half else tensor.float()).cpu().numpy()
-            for value, row in zip(values, rows, strict=True):
-                n = int(self.lengths[row])
-                self.parts[kind][row][:] = value[:, :, :n, :n].ravel() if kind == "attention" else value[:n]
+        """Store padded outputs ([B, S, ...], attention [B, P, A, S, S]) without their padding."""
+        for kind, padded in outputs.items():
+            if kind == "attention":
+                for maps, row in zip(padded, rows, strict=True):
+                    n = int(self.lengths[row])
+                    self._maps(row, *maps.shape[:2]).copy_(maps[..., :n, :n])
+            else:
+                places, real = self._tokens(rows, padded.shape[1])
+                self.arrays[kind].index_copy_(0, places[real], padded[real])
 
     def padded(self, rows: np.ndarray, width: int, n_heads: int) -> dict[str, torch.Tensor]:
-        """The outputs of some windows as `teacher_<kind>` tensors, zero on padding up to `width`."""
-        batch = {}
-        for kind, parts in self.parts.items():
-            maps = (self.n_maps // n_heads, n_heads, width, width)
-            out = np.zeros((len(rows), *(maps if kind == "attention" else (width, *parts[0].shape[1:]))), DTYPES[kind])
-            for padded, row in zip(out, rows, strict=True):
-                n = int(self.lengths[row])
-                real = padded[:, :, :n, :n] if kind == "attention" else padded[:n]
-                real[...] = parts[row].reshape(real.shape)
-            batch[f"teacher_{kind}"] = torch.from_numpy(out)
-        return batch
+        """The outputs of some windows as padded batches of `width`; on padding stands anything finite."""
+        found = {}
+        for kind, array in self.arrays.items():
+            if kind == "attention":
+                n_layers = len(array) // (self.n_squares * n_heads)
+                found[kind] = torch.zeros(len(rows), n_layers, n_heads, width, width, dtype=array.dtype)
+                for maps, row in zip(found[kind], rows, strict=True):
+                    n = int(self.lengths[row])
+                    maps[..., :n, :n].copy_(self._maps(row, n_layers, n_heads))
+            else:
+                places, _ = self._tokens(rows, width)
+                found[kind] = array.index_select(0, places.flatten()).view(*places.shape, *array.shape[1:])
+        return found
+
+
+@dataclass
+class Chunk:
+    """What is kept of one chunk: the kinds, where they lie, and whether they are there to the last window."""
+
+    targets: Targets
+    files: dict[str, MappedFile]  # empty: in memory
+    whole: bool
+
+    def release(self) -> None:
+        """See `MappedFile.release`."""
+        for file in self.files.values():
+            file.release()
 
 
 class TargetStore:
-    """Teacher outputs of named chunks: within `budget_bytes` on disk in `folder` (one .npy per kind and chunk, renamed
-    when whole), past it computed for each batch."""
+    """Teacher outputs of named chunks. The first pass over a chunk runs the teacher, batch by batch, and keeps what it
+    says as far as the budget reaches; later passes read it back. On disk a chunk is one memory-mapped file per kind
+    and, written last, their checksums: an interrupted chunk is done again.
 
-    def __init__(self, teacher, spec: TargetSpec, examples: Examples, pad_id: int, accelerator, batch_size: int,
-                 budget_bytes: float, folder: Path):
-        self.teacher, self.spec, self.config, self.examples = teacher, spec, teacher.config, examples
-        self.pad_id, self.accelerator, self.batch_size = pad_id, accelerator, batch_size
-        self.left, self.folder, self.kept = budget_bytes, Path(folder), {}
+    Args:
+        load_teacher: called when the teacher is first needed, if ever; gives it in eval mode.
+        mode: "disk", "memory" or "none"; or "auto": disk, but hidden states and attention only if they will be read
+            again (`n_passes` > 1) and reading the first chunk back is faster than the teacher was.
+        budget_bytes: for hidden states and attention; logits are small and always kept, except by "none".
+    """
 
-    def compute(self, windows: np.ndarray, arrays: dict[str, np.ndarray] | None = None) -> Targets:
-        """Run the teacher over windows; the outputs go to the given arrays or to new ones."""
-        lengths, spec = self.examples.lengths[windows], self.spec
-        shapes = spec.shapes(lengths, self.config).items()
-        targets = Targets(lengths, arrays or {kind: np.empty(shape, DTYPES[kind]) for kind, shape in shapes})
-        for rows in batches(lengths, self.batch_size):
-            batch = collate(self.examples, windows[rows], self.pad_id)
-            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            with torch.inference_mode(), self.accelerator.autocast():
-                logits, states, maps = run_model(self.teacher, batch, bool(spec.hidden), bool(spec.attention))
-                found = {"logits": logits}
-                if spec.hidden:
-                    found["hidden"] = torch.stack([states[i] for i in spec.hidden], dim=2)
-                if spec.attention:
-                    found["attention"] = torch.stack([maps[i - 1] for i in spec.attention], dim=1)
-            targets.put(rows, found)
-        return targets
+    def __init__(self, load_teacher: Callable, config, spec: TargetSpec, examples: Examples, pad_id: int, accelerator,
+                 *, folder: Path, mode: str = "disk", budget_bytes: float = 4e9, n_passes: int = 2):
+        self.load_teacher, self.config = functools.cache(load_teacher), config
+        self.spec, self.examples, self.fixed = spec, examples, accelerator.device.type == "xla"
+        self.pad_id, self.accelerator, self.folder, self.mode = pad_id, accelerator, Path(folder), mode
+        self.left, self.chunks, self.asked = budget_bytes, {}, 0
+        verdict = read_json(self.folder / "auto.json", {}).get("keep")  # of the run that this one resumes
+        self.keep_all = True if mode != "auto" else n_passes > 1 and verdict is not False
+        self.undecided = mode == "auto" and self.keep_all and verdict is None
 
-    def chunk(self, name: str, windows: np.ndarray) -> Targets | None:
-        """The kept outputs of a chunk, computed when first asked for; None if there is no room."""
+    def ask(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The teacher's outputs for a batch of `collate`, rounded as they are stored, on the accelerator."""
+        teacher, spec, self.asked = self.load_teacher(), self.spec, self.asked + len(batch["input_ids"])
+        inputs = {name: batch[name].to(self.accelerator.device) for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode(), self.accelerator.autocast():
+            logits, states, maps = run_model(teacher, inputs, bool(spec.hidden), bool(spec.attention))
+        found = {"logits": logits.float()}
+        if spec.hidden:
+            found["hidden"] = torch.stack([states[i].to(DTYPES["hidden"]) for i in spec.hidden], dim=2)
+        if spec.attention:
+            found["attention"] = torch.stack([maps[i - 1].to(DTYPES["attention"]) for i in spec.attention], dim=1)
+        return found
+
+    def _open(self, name: str, windows: np.ndarray) -> Chunk:
+        """A chunk as it lies on disk, whole; else room for what will be kept of it."""
         lengths = self.examples.lengths[windows]
-        need = self.spec.n_bytes(lengths, self.config)
-        if name not in self.kept and need > self.left:
-            self.kept[name] = None
-        if name not in self.kept:
-            self.left -= need
-            shapes = self.spec.shapes(lengths, self.config)
-            paths = {kind: self.folder / f"{kind}-{name}.npy" for kind in shapes}
-            if not all(path.is_file() for path in paths.values()):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                arrays = {kind: open_memmap(path.with_suffix(".partial"), "w+", DTYPES[kind], shapes[kind])
-                          for kind, path in paths.items()}
-                self.compute(windows, arrays)
-                for kind, array in arrays.items():
-                    array.flush()
-                    os.replace(array.filename, paths[kind])
-            self.kept[name] = Targets(lengths, {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()})
-        return self.kept[name]
+        shapes = self.spec.shapes(lengths, self.config) if self.mode != "none" else {}
+        size = self.spec.n_bytes(lengths, self.config) if self.keep_all else math.inf
+        if size <= self.left:
+            self.left -= size
+        else:
+            shapes = {kind: shape for kind, shape in shapes.items() if kind == "logits"}
+        if self.mode == "memory" or not shapes:
+            arrays = {kind: torch.empty(shape, dtype=DTYPES[kind]) for kind, shape in shapes.items()}
+            return Chunk(Targets(lengths, arrays), {}, False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = {kind: self.folder / f"{kind}-{name}.bin" for kind in shapes}
+        sums = read_json(self.folder / f"{name}.json", {})
+        whole = all(path.is_file() and kind in sums for kind, path in paths.items())
+        files = {kind: MappedFile(path, kind, shapes[kind]) for kind, path in paths.items()}
+        if whole and any(file.checksum() != sums[kind] for kind, file in files.items()):
+            print(f"[targets] {name}: the files do not match their checksums and are made again", flush=True)
+            whole = False
+        return Chunk(Targets(lengths, {kind: file.tensor for kind, file in files.items()}), files, whole)
 
     def batches(self, name: str, windows: np.ndarray, batch_size: int, seed: int | None = None) -> Iterator[dict]:
         """Batches of a chunk, as `data.collate` makes them, with the teacher's outputs beside the ids."""
-        kept = self.chunk(name, windows)
-        for rows in batches(self.examples.lengths[windows], batch_size, seed):
-            batch = collate(self.examples, windows[rows], self.pad_id)
-            targets, places = (kept, rows) if kept else (self.compute(windows[rows]), np.arange(len(rows)))
-            yield batch | targets.padded(places, batch["input_ids"].shape[1], self.config.num_attention_heads)
+        chunk = self.chunks[name] = self.chunks.get(name) or self._open(name, windows)
+        targets, n_heads, asking = chunk.targets, self.config.num_attention_heads, 0.0
+        read = chunk.whole and set(targets.arrays) == set(self.spec.shapes(targets.lengths, self.config))
+        grouped = batches(targets.lengths, batch_size, seed, self.fixed)
+        for i, rows in enumerate(grouped):
+            batch = collate(self.examples, windows[rows], self.pad_id, self.fixed)
+            if read:
+                found = targets.padded(rows, batch["input_ids"].shape[1], n_heads)
+            else:
+                start, found = time.perf_counter(), self.ask(batch)
+                if not chunk.whole:
+                    targets.put(rows, {kind: found[kind].cpu() for kind in targets.arrays})
+                asking += time.perf_counter() - start
+            if i % RELEASE_EVERY == 0:
+                chunk.release()
+            yield batch | {f"teacher_{kind}": values for kind, values in found.items()}
+        if not chunk.whole:
+            if self.undecided and len(targets.arrays) > 1:
+                start, some = time.perf_counter(), grouped[:RELEASE_EVERY]
+                for rows in some:
+                    targets.padded(rows, int(targets.lengths[rows].max()), n_heads)
+                reading = (time.perf_counter() - start) / sum(map(len, some)) * len(windows)
+                self.undecided, self.keep_all = False, reading < asking
+                save_json(self.folder / "auto.json", {"keep": self.keep_all, "teacher": asking, "reading": reading})
+            if chunk.files:
+                save_json(self.folder / f"{name}.json", {kind: file.checksum() for kind, file in chunk.files.items()})
+            chunk.whole = True
+        chunk.release()
 
     def drop(self, *kinds: str) -> None:
         """Delete the files of these kinds."""
-        self.kept.clear()
+        self.chunks.clear()
         for path in (path for kind in kinds for path in self.folder.glob(f"{kind}-*")):
             path.unlink()

@@ -77,6 +77,13 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.op
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=fused)
 
 
+def to_device(batch: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
+    """A batch on the device; to a GPU from pinned memory, so that the copy overlaps with its work."""
+    if device.type == "cuda":
+        return {name: x if x.is_cuda else x.pin_memory().to(device, non_blocking=True) for name, x in batch.items()}
+    return {name: x.to(device) for name, x in batch.items()}
+
+
 def part(tensors: dict, prefix: str) -> dict:
     """The entries whose name starts with `prefix`, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -168,7 +175,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
             learning_mode(model)
             for chunk in range(at.chunk, feed.n_chunks):
                 for batch in feed.batches(step * recipe.epochs + at.epoch, chunk):
-                    batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+                    batch = to_device(batch, accelerator.device)
                     size = len(batch["input_ids"])
                     at.seen, at.windows, at.updates = at.seen + size, at.windows + size, at.updates + 1
                     done = (at.epoch + at.seen / feed.n_windows) / recipe.epochs

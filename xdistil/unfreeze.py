@@ -53,3 +53,13 @@ def learning_mode(module: nn.Module, holder_learns: bool = True) -> None:
     module.training = any(p.requires_grad for p in own) if own else holder_learns
     for child in module.children():
         learning_mode(child, module.training)
+
+
+def n_frozen_layers(model: nn.Module) -> int:
+    """How many layers lie below everything that learns; 0 if the embeddings learn."""
+    layers = encoder_layers(model)
+    learning = {id(p) for p in model.base_model.parameters() if p.requires_grad}
+    of_layer = [{id(p) for p in layer.parameters()} for layer in layers]
+    if learning - set().union(*of_layer):
+        return 0
+    return next((i for i, ids in enumerate(of_layer) if ids & learning), len(layers))

@@ -82,7 +82,7 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
     inputs = Inputs(params, run)
     words = text.split() if text else data.typical_sentence(inputs.read("dev")[0])
     examples = data.encode(data.Sentences([words]), inputs.tokenizer, params.seq_len)
-    batch = data.collate(examples, [0], inputs.pad_id, multiple=1)
+    batch = data.collate(examples, [0], inputs.pad_id)
     found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
     for name, folder in (("teacher", teacher_dir(params, run)), ("student", run.stage(stage).dir)):
         model = models.load_classifier(folder, inputs.labels, "model_dir").eval()

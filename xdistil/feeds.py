@@ -1,0 +1,65 @@
+"""What distillation trains on and is judged by: batches of the transfer set with what the teacher says of them."""
+
+
+import numpy as np
+import torch
+
+from xdistil import data, models
+from xdistil.frozen import FrozenStates
+from xdistil.inputs import Inputs, depends, teacher_dir
+from xdistil.params import Params, fingerprint
+from xdistil.runs import Run
+from xdistil.targets import TargetSpec, TargetStore
+from xdistil.training import Feed, to_device
+
+
+def transfer(params: Params, run: Run, inputs: Inputs, load_teacher, spec: TargetSpec, accelerator):
+    """The store of teacher outputs, the transfer windows that train in chunks, and those held out."""
+    (_, examples), config = inputs.read("transfer"), models.load_config(teacher_dir(params, run), "teacher_model_dir")
+    cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
+    held_out, chunks = data.split_transfer(len(examples), *cut.values())
+    key = fingerprint([run.stage("teacher").fingerprint, depends(params, run, "logits")["transfer file"], cut,
+                       params.pick("opt_policy", "seq_len", "transfer_limit")])
+    store = TargetStore(load_teacher, config, spec, examples, inputs.pad_id, accelerator,
+                        folder=run.dir / "targets" / key, mode=params.targets_cache, n_passes=params.distil_epochs,
+                        budget_bytes=params.targets_cache_gb * 1e9)
+    return store, chunks, held_out
+
+
+def transfer_feeds(params: Params, store: TargetStore, chunks, held_out, through=lambda windows, batches: batches):
+    """A feed over the chunks and a function to the held-out batches; `through` may add to a feed's batches."""
+    size, windows = params.student_distil_batch_size, np.concatenate(chunks)
+
+    def batches(pass_number: int, chunk: int):
+        return store.batches(f"chunk-{chunk}", chunks[chunk], size, params.seed + 7919 * pass_number + 104729 * chunk)
+
+    return (Feed(through(windows, batches), len(windows), len(chunks)),
+            through(held_out, lambda: store.batches("held-out", held_out, size)))
+
+
+def from_frozen(params: Params, student, examples, pad_id: int, accelerator):
+    """A `through` whose batches carry what the student's frozen layers say, computed once per unfreezing step."""
+    def through(windows, batches):
+        kept = FrozenStates(student, examples, windows, pad_id, accelerator, params.targets_cache_gb * 1e9)
+        return lambda *place: kept.feed(batches(*place))
+
+    return through
+
+
+def held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
+    """An `evaluate` for `fit`: the weighted sum of the loss terms over the held-out windows."""
+
+    def judge(model):
+        model.eval()
+        means, n = {}, 0
+        for batch in held_out():
+            batch, size = to_device(batch, accelerator.device), len(batch["input_ids"])
+            with torch.inference_mode(), accelerator.autocast():
+                found = terms(model, batch)
+            n += size
+            for name, value in found.items():
+                means[name] = means.get(name, 0.0) + (float(value) - means.get(name, 0.0)) * size / n
+        total = sum(weights.get(name.split("_")[0], 1.0) * mean for name, mean in means.items())
+        return {"metric": "held-out loss", "score": total, **{f"held_out_{name}": x for name, x in means.items()}}
+
+    return judge

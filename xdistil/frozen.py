@@ -1,0 +1,110 @@
+"""Frozen parts are not recomputed: what the layers below the learning ones say of every window, computed once.
+
+Exact where nothing random happens below: `unfreeze.freeze_to` puts frozen parts in eval mode, so dropout is off there.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from xdistil.data import Examples, batches, collate
+from xdistil.models import run_model
+from xdistil.unfreeze import encoder_layers, n_frozen_layers
+
+
+class _Reached(Exception):
+    """Carries the states that enter a layer out of a forward pass that need not go on."""
+
+
+def lower_states(model, batch: dict, n_layers: int) -> torch.Tensor:
+    """What enters layer `n_layers` + 1, or leaves the base model if that is all of them: [B, S, H]."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    layers = encoder_layers(model)
+    if n_layers == len(layers):
+        return model.base_model(**inputs)[0]
+
+    def stop(_module, args, kwargs):
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+    handle = layers[n_layers].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model.base_model(**inputs)
+    except _Reached as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__} never ran its layer {n_layers + 1}")
+
+
+@contextmanager
+def starting_from(model, states: torch.Tensor, n_layers: int) -> Iterator[None]:
+    """A forward pass of the model inside starts from these states: its first `n_layers` layers do nothing."""
+    layers = encoder_layers(model)
+    if n_layers == len(layers):
+        skipped = {model.base_model: lambda *_, **__: BaseModelOutput(last_hidden_state=states)}
+    else:
+        skipped = {layer: lambda *_, **__: states for layer in layers[:n_layers]}
+    for module, instead in skipped.items():
+        module.forward = instead
+    try:
+        yield
+    finally:
+        for module in skipped:
+            del module.forward
+
+
+class FrozenStates:
+    """Keeps what the frozen layers of a model say of the windows of `examples`, as long as the same ones are frozen.
+
+    Args:
+        windows: those that will be asked for.
+        budget_bytes: past it nothing is kept, and the model runs from its start.
+    """
+
+    def __init__(self, model, examples: Examples, windows: np.ndarray, pad_id: int, accelerator, budget_bytes: float):
+        self.model, self.examples, self.windows, self.pad_id = model, examples, windows, pad_id
+        self.accelerator, self.budget, self.n_layers, self.states = accelerator, budget_bytes, 0, None
+        lengths = np.zeros(len(examples), np.int64)
+        lengths[windows] = examples.lengths[windows]
+        self.starts, self.n_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
+
+    def _fill(self) -> None:
+        width, half = self.model.config.hidden_size, self.accelerator.mixed_precision == "bf16"
+        dtype = torch.bfloat16 if half else torch.float32
+        if self.n_layers == 0 or self.n_tokens * width * dtype.itemsize > self.budget:
+            self.states = None
+            return
+        self.states = torch.empty(self.n_tokens, width, dtype=dtype)
+        for rows in batches(self.examples.lengths[self.windows], 64):
+            batch = collate(self.examples, self.windows[rows], self.pad_id)
+            on_device = {name: x.to(self.accelerator.device) for name, x in batch.items()}
+            with torch.no_grad(), self.accelerator.autocast():
+                found = lower_states(self.model, on_device, self.n_layers).to("cpu", dtype)
+            places, real = self._places(batch)
+            self.states[places[real]] = found[real]
+
+    def _places(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        real, starts = batch["attention_mask"] > 0, torch.from_numpy(self.starts[batch["windows"].numpy()])
+        return starts[:, None] + torch.arange(real.shape[1]).where(real, 0), real
+
+    def feed(self, found: Iterable[dict]) -> Iterator[dict]:
+        """The batches with `frozen_states` [B, S, H] beside their fields, where any layer is frozen."""
+        if (n_layers := n_frozen_layers(self.model)) != self.n_layers:
+            self.n_layers = n_layers
+            self._fill()
+        for batch in found:
+            if self.states is not None:
+                places, _ = self._places(batch)
+                batch["frozen_states"] = self.states[places]
+            yield batch
+
+
+def run_upper(model, batch: dict) -> torch.Tensor:
+    """Logits [B, S, C] of a batch, from its `frozen_states` where it has them."""
+    if "frozen_states" not in batch:
+        return run_model(model, batch)[0]
+    with starting_from(model, batch["frozen_states"].float(), n_frozen_layers(model)):
+        return run_model(model, batch)[0]
