@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xdistil.data import (
+    REMEMBERED,
     DataError,
     Sentences,
     batches,
@@ -291,3 +292,38 @@ def test_real_text_in_thirteen_languages_gets_the_ids_of_its_own_tokenizer(share
     assert ids == tokenizer(found.words, is_split_into_words=True)["input_ids"]
     batch = collate(examples, np.arange(8), tokenizer.pad_token_id)
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 1).all()
+
+
+def byte_level_bpe(sentences):
+    """A tokenizer as RoBERTa's, trained on the sentences."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(map(" ".join, sentences), trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, add_prefix_space=True, **names)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "byte-level BPE"])
+def test_remembered_words_equal_the_tokenizers_in_thirteen_languages(shared, kind):
+    folder = shared / "data" / "multi_ner"
+    found = read_tagged(folder / "test.tsv", read_labels(folder / "labels.tsv"), 3000, 0)
+    assert len(set(found.languages)) == 13
+    tokenizer = {"WordPiece": lambda: load_tokenizer("sentence-transformers/all-MiniLM-L6-v2"),
+                 "Unigram": lambda: load_tokenizer(shared / "weights" / "me5-small-q4-73k"),
+                 "byte-level BPE": lambda: byte_level_bpe(found.words)}[kind]()
+    remembered = list(word_pieces(tokenizer, found.words))
+    assert len(REMEMBERED[tokenizer]) == len({word for sentence in found.words for word in sentence})  # the fast way
+    encoded = tokenizer(found.words, is_split_into_words=True, add_special_tokens=False)
+    for i, pieces in enumerate(remembered):
+        wanted = [[] for _ in pieces]
+        for piece, word in zip(encoded["input_ids"][i], encoded.word_ids(i), strict=True):
+            wanted[word].append(piece)
+        assert pieces == [ids or [tokenizer.unk_token_id] for ids in wanted]

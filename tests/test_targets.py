@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from xdistil import targets
-from xdistil.data import collate
-from xdistil.models import run_model
+from xdistil import losses, targets
+from xdistil.data import batches, collate
+from xdistil.models import from_config, run_model
 from xdistil.targets import DTYPES, Targets, TargetSpec, TargetStore
 
 SPEC = TargetSpec(hidden=(0, 4), attention=(3, 4))
@@ -216,6 +216,27 @@ def test_damaged_files_are_made_again(open_store, tmp_path, capsys, harm):
     again = open_store()
     assert_same(before, by_window(again), rtol=0, atol=0)
     assert again.asked == len(WINDOWS) and "checksums" in capsys.readouterr().out
+
+
+def test_grouped_batches_sum_to_the_loss_of_one_wide_batch(teacher, examples):
+    other = from_config(teacher.config).eval()
+    other.set_attn_implementation("eager")
+
+    def sums(groups):
+        total = torch.zeros(3, dtype=torch.double)
+        for rows in groups:
+            batch = collate(examples, rows, 0)
+            with torch.inference_mode():
+                one, two = (run_model(model, batch, True, True) for model in (teacher, other))
+            mask, n = batch["attention_mask"], examples.lengths[rows].astype(int)
+            total += torch.tensor([float(losses.hidden_mse(two[1][2], one[1][2], mask)) * n.sum(),
+                                   float(losses.attention_mse(two[2][2], one[2][2], mask)) * (n**2).sum(),
+                                   float(losses.logit_mse(two[0], one[0], mask)) * n.sum()], dtype=torch.double)
+        return total
+
+    grouped = batches(examples.lengths, 8, 1)
+    assert len(grouped) > 5
+    torch.testing.assert_close(sums(grouped), sums([np.arange(len(examples))]), rtol=1e-5, atol=0)
 
 
 def test_dropped_kinds_are_gone_and_come_back_when_asked(open_store, tmp_path):
