@@ -426,3 +426,13 @@ def test_a_killed_stage_1_ends_with_the_bytes_of_an_unbroken_one(copied):
     assert other.returncode == 0, whole
     for file in ("model.safetensors", "projections.safetensors", "history.jsonl"):
         assert (broken / "hidden" / file).read_bytes() == (unbroken / "hidden" / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_onnx_files_are_scored_beside_the_student(copied):
+    folder = copied("evaluation")
+    run = run_stages(smoke_params(folder, onnx=True), "student")
+    found, wanted = run.stage("student").metrics["onnx"], run.stage("labels").metrics["dev"]
+    assert found["fp32"]["dev"] == wanted and set(found) == {"fp32", "int8"}
+    assert all(x["ms_per_sentence"] > 0 and x["mb"] > 0 for x in found.values())
+    assert sorted(p.name for p in (folder / "student" / "onnx").iterdir()) == ["model-int8.onnx", "model.onnx"]

@@ -1,4 +1,4 @@
-"""The command line: xdistil run, check, predict. Exit codes: 0 done, 1 a stage failed, 2 bad input (one line)."""
+"""The command line: xdistil run, check, export, predict. Exit codes: 0 done, 1 a stage failed, 2 bad input."""
 
 import argparse
 import difflib
@@ -31,11 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
             kind = {"action": argparse.BooleanOptionalAction} if info.annotation is bool else {"metavar": "VALUE"}
             text = f"{info.description} (default: {info.default})".replace("%", "%%")
             command.add_argument(f"--{field}", default=argparse.SUPPRESS, help=text, **kind)
+    export = commands.add_parser("export", help="write a student's ONNX files, float32 and int8", allow_abbrev=False)
+    export.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
     predict = commands.add_parser("predict", help="tag text with a student", allow_abbrev=False)
     predict.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
     predict.add_argument("input", help="text, or words<TAB>anything, one sentence a line; - for stdin")
     predict.add_argument("-o", "--output", default="-", help="words<TAB>tags lines; - for stdout")
     predict.add_argument("--batch_size", type=int, default=64, help="sentences per step")
+    predict.add_argument("--onnx", choices=("fp32", "int8"), help="run a file of `xdistil export`, not torch")
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda, xla or mps")
     return parser
 
@@ -48,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             near = difflib.get_close_matches(unknown[0].lstrip("-"), Params.model_fields, 1, 0.5)
             hint = f"did you mean --{near[0]}?" if near else "see xdistil run --help"
             raise ValueError(f"unknown parameter {unknown[0]!r}; {hint}")
-        if asked.command == "predict":
-            return predict_file(asked)
+        if asked.command in ("predict", "export"):
+            return (predict_file if asked.command == "predict" else export_files)(asked)
         values = {name: absolute_path(name, value, Path.cwd())  # flags are relative to the working directory
                   for name, value in vars(asked).items() if name in Params.model_fields}
         params = load_params(asked.params or ({} if values else repo_root() / "params/demo.yaml"), values)
@@ -109,15 +112,29 @@ def run_notebooks(params: Params) -> int:
     return 0
 
 
+def export_files(asked) -> int:
+    """Write STUDENT_DIR/onnx."""
+    from xdistil import export, models
+
+    config = models.load_config(asked.student_dir, "STUDENT_DIR")
+    model = models.load_classifier(asked.student_dir, list(config.id2label.values()), "STUDENT_DIR")
+    for path in export.export_onnx(model, Path(asked.student_dir) / "onnx").values():
+        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
 def predict_file(asked) -> int:
     """Tag a file or stdin as a stream, in input order, one line out for each line in."""
-    from xdistil import data, devices, evaluate, models
+    from xdistil import data, devices, evaluate, export, models
 
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
     labels = [config.id2label[i] for i in range(config.num_labels)]
     tokenizer = models.load_tokenizer(asked.student_dir, "STUDENT_DIR")
     accelerator = devices.open_accelerator(asked.device, quiet=True)
-    model = models.prepare_to_answer(models.load_classifier(asked.student_dir, labels, "STUDENT_DIR"), accelerator)
+    if asked.onnx:
+        model = export.OnnxTagger(asked.student_dir, asked.onnx)
+    else:
+        model = models.prepare_to_answer(models.load_classifier(asked.student_dir, labels, "STUDENT_DIR"), accelerator)
     lines, seq_len = data.read_lines(asked.input), min(tokenizer.model_max_length, models.n_positions(config))
 
     def write(path=None):

@@ -19,7 +19,8 @@ USES = {  # the parameters that each stage's result follows from
     "hidden": (*RECIPE, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
                "hidden_loss", "attention_loss", "hidden_weight", "attention_weight", "distil_lr"),
     "logits": (*RECIPE, *TRANSFER, *STUDENT, "logit_loss", "temperature", "unfreeze", "logit_lr"),
-    "labels": (*RECIPE, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr")}
+    "labels": (*RECIPE, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
+    "student": ("onnx",)}
 FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "logits": ("transfer", "dev"),
          "labels": ("train", "dev"), "evaluation": ("dev", "test")}
 

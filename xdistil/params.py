@@ -111,6 +111,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     warmup_ratio: float = _field(0.1, "share of each step spent warming up", ge=0, lt=1)
     weight_decay: float = _field(0.01, "AdamW weight decay, of matrices only", ge=0)
     max_grad_norm: float = _field(1.0, "gradient norm above which gradients are scaled down", gt=0)
+    onnx: bool = _field(False, "also export the student as ONNX, float32 and int8 (pip install xdistil[export])")
     targets_cache: Literal["auto", "disk", "memory", "none"] = _field(
         "auto", "where teacher outputs are kept; auto: on disk, if they will be read again and that is faster")
     targets_cache_gb: float = _field(4.0, "GB (1e9 bytes) of kept teacher outputs; past it they are redone", ge=0)

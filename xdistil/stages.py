@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
 
-from xdistil import alignment, data, embeddings, evaluate, losses, models, students
+from xdistil import alignment, data, embeddings, evaluate, export, losses, models, students
 from xdistil.devices import open_accelerator
 from xdistil.feeds import from_frozen, held_out_loss, transfer, transfer_feeds
 from xdistil.files import save_atomic, save_json, save_text
@@ -261,4 +261,15 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
         parameters=models.size_of(student)["parameters"], labels=", ".join(inputs.labels), seq_len=params.seq_len,
         teacher=params.pt_teacher_checkpoint.split("/")[-1], f1=metrics["student"]["test"]["macro"],
         kept=metrics["retention"]["macro"] or 0))
-    return {"same_predictions": True, "dev_words": sum(map(len, tags[0]))}
+    found = {"same_predictions": True, "dev_words": sum(map(len, tags[0]))}
+    return found | ({"onnx": _export_onnx(stage, student, inputs, accelerator)} if params.onnx else {})
+
+
+def _export_onnx(stage: Stage, student, inputs: Inputs, accelerator) -> dict:
+    """Write the ONNX files; size, dev F1 and speed of each."""
+    found = {}
+    for name, path in export.export_onnx(student, stage.dir / "onnx").items():
+        tagger = export.OnnxTagger(stage.dir, name)
+        found[name] = {"mb": path.stat().st_size / 1e6, "dev": inputs.score(tagger, "dev", accelerator)[0],
+                       **evaluate.measure_speed(tagger, inputs.read("dev")[1], inputs.pad_id, accelerator)}
+    return found

@@ -90,3 +90,12 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
         with torch.inference_mode():
             found[name] = models.run_model(model, batch, False, True)[2][-1][0].numpy()
     return found
+
+
+def onnx(stage: Stage) -> Table:
+    """Size, dev F1 and speed of the exported ONNX files."""
+    found = stage.metrics.get("onnx", {})
+    rows = [{"ONNX": name, "MB": x["mb"], "dev macro F1 (%)": 100 * x["dev"]["macro"],
+             "ms/sentence, batch 1": x["ms_per_sentence"], "sentences/s, batch 32": x["sentences_per_second"]}
+            for name, x in found.items()]
+    return Table(rows or [{"ONNX": "not asked for; set onnx: true"}])

@@ -1,0 +1,77 @@
+"""The student as ONNX files: float32, and int8 with dynamic per-channel quantisation; and a tagger that runs them."""
+
+import logging
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from xdistil.models import CheckpointError, load_config
+
+FILES = {"fp32": "model.onnx", "int8": "model-int8.onnx"}
+
+
+class _Logits(nn.Module):
+    """The model with what an ONNX graph has: tensors in, logits out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def export_onnx(model, folder: Path) -> dict[str, Path]:
+    """Write `model.onnx` and `model-int8.onnx` of a float32 classifier into a folder; batch and length are free.
+
+    int8 quantises every weight per channel and activations as they come: per tensor costs agreement with the model.
+    Raises ImportError naming the extra if onnx, onnxscript or onnxruntime are absent.
+    """
+    try:
+        import onnxscript  # noqa: F401
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise ImportError(f"onnx needs {error.name}: pip install xdistil[export]") from error
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nobody needs here
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, free = {name: folder / file for name, file in FILES.items()}, torch.export.Dim.DYNAMIC
+    ids, mask = torch.ones(2, 2, 8, dtype=torch.int64)  # a size of 1 would be taken for a constant
+    mask[0, -1] = 0  # without padding the graph would have no mask
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporter about itself
+        torch.onnx.export(_Logits(model.cpu()).eval(), (ids, mask), paths["fp32"], dynamo=True, verbose=False,
+                          input_names=["input_ids", "attention_mask"], output_names=["logits"], external_data=False,
+                          dynamic_shapes=({0: free, 1: free},) * 2)
+    quantize_dynamic(paths["fp32"], paths["int8"], weight_type=QuantType.QInt8, per_channel=True)
+    return paths
+
+
+class OnnxTagger:
+    """An exported student that answers like the torch model: `evaluate.predict_tags` takes either.
+
+    Raises CheckpointError if the folder holds no such file.
+    """
+
+    def __init__(self, folder, precision: str = "int8", threads: int = 0):
+        import onnxruntime
+
+        path = Path(folder) / "onnx" / FILES[precision]
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist; run `xdistil export {folder}` first")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        self.config = load_config(folder, "STUDENT_DIR")
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def eval(self) -> "OnnxTagger":
+        """Itself: there is no other mode."""
+        return self
+
+    def __call__(self, input_ids, attention_mask, **_):
+        given = {"input_ids": input_ids.cpu().numpy(), "attention_mask": attention_mask.cpu().numpy()}
+        logits = torch.from_numpy(self.session.run(None, given)[0])
+        return SimpleNamespace(logits=logits, hidden_states=None, attentions=None)
