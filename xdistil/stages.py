@@ -146,7 +146,7 @@ def _frozen_words(params: Params, student) -> frozenset[str]:
 def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     """3. Stage 1: hidden states and attention on the transfer set; then fold the head."""
     inputs, device = Inputs(params, run), accelerator.device
-    teacher = models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator)
+    teacher = models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator, exact=False)
     student = _load_student(run, "student-init", inputs, device)
     hidden, maps = layer_pairs(params, teacher.config, student.config)
     for model in (teacher, student) if maps else ():
@@ -182,7 +182,7 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     student, steps = _student_and_steps(params, run, "hidden", inputs, accelerator.device)
 
     def load_teacher():  # most often in vain: stage 1 has left its logits
-        return models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator)
+        return models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator, exact=False)
 
     store, *windows = transfer(params, run, inputs, load_teacher, TargetSpec(), accelerator)
     through = from_frozen(params, student, inputs.read("transfer")[1], inputs.pad_id, accelerator)

@@ -48,6 +48,7 @@ class Ours:
         self.setting, self.stage, self.precision = setting, stage, precision
         self.name = f"ours {precision}" + " (head only)" * head_only
         self.teacher, student, projections = given
+        models.pool_dropout(student)  # as `load_classifier` does
         self.terms, self.spec, self.model = logit_terms, TargetSpec(), student
         fixed = {name for name, p in student.named_parameters() if p is student.get_input_embeddings().weight}
         head = dict(layer_groups(student))["head"]
@@ -57,13 +58,12 @@ class Ours:
             self.spec = TargetSpec(tuple(t for _, t in hidden), tuple(t for _, t in maps))
             self.model = nn.ModuleDict({"student": student, "projections": projections})
             fixed = {f"student.{name}" for name in (*fixed, *head)}
-        if precision == "bf16":
-            models.halve_layers(self.teacher)
         self.learning = head if head_only else [n for n, _ in self.model.named_parameters() if n not in fixed]
 
     def store(self, sentences, folder: str) -> TargetStore:
         """A new store of the teacher's outputs; the accelerator is new too, as its state is shared by all of them."""
         self.accelerator = open_accelerator("cpu", POLICIES[self.precision], quiet=True)
+        models.prepare_to_answer(self.teacher, self.accelerator, exact=False)
         return TargetStore(lambda: self.teacher, self.teacher.config, self.spec, as_examples(sentences), 0,
                            self.accelerator, folder=Path(folder) / "targets", budget_bytes=1e12)
 
