@@ -2,6 +2,7 @@
 `words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no quoting; a transfer line is text
 (further columns are ignored)."""
 
+import functools
 import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,8 @@ from xdistil.files import save_text
 from xdistil.losses import IGNORED
 
 POOL = 128  # batches that are shuffled and sorted by length together
-REMEMBERED = weakref.WeakKeyDictionary()  # pieces by word, by tokenizer
+REMEMBERED = weakref.WeakKeyDictionary()  # by tokenizer: pieces by word
+EXACT = weakref.WeakKeyDictionary()  # by tokenizer: whether they may be remembered
 CACHED_WORDS = 1_000_000  # distinct words whose pieces are remembered: some 300 MB at the most
 
 
@@ -119,8 +121,8 @@ def write_tagged(path: Path, sentences: Sentences, tags: list[list[str]]) -> Non
 
 def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list[int]]]:
     """The sub-word ids of each word of each sentence; a word without any gets the unknown id. Distinct words are
-    tokenised once for all files and remembered where that is exact, which is checked on the first sentences; elsewhere
-    (pieces that depend on neighbours) whole sentences are tokenised in batches."""
+    tokenised once for all files and remembered where that is exact, which is checked on a tokenizer's first sentences;
+    elsewhere (pieces that depend on neighbours) whole sentences are tokenised in batches."""
     unknown, cache = [tokenizer.unk_token_id or 0], REMEMBERED.setdefault(tokenizer, {})
 
     def whole(batch):
@@ -140,14 +142,15 @@ def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list
         cache.update(zip(new, chain.from_iterable(whole(rows) if rows else ()), strict=True))
         return [[cache[word] for word in sentence] for sentence in batch]
 
-    source, split = iter(sentences), None
+    source = iter(sentences)
     while batch := list(islice(source, 2000)):
-        if split is None:
+        if tokenizer not in EXACT:
             sample = [sentence for sentence in batch if sentence][:200]
-            split = remembered if list(whole(sample)) == remembered(sample) else whole
-        yield from split(batch)
+            EXACT[tokenizer] = list(whole(sample)) == remembered(sample)
+        yield from (remembered if EXACT[tokenizer] else whole)(batch)
 
 
+@functools.lru_cache(maxsize=4)
 def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a single text."""
     bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))

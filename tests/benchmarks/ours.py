@@ -9,7 +9,7 @@ import torch
 from benchmarks.work import BATCH, CLIP, LEARNING_RATE, Setting, now
 from torch import nn
 
-from xdistil import data, embeddings, evaluate, losses, models, stages, students
+from xdistil import data, embeddings, evaluate, export, losses, models, stages, students
 from xdistil.devices import multiplies_bf16, open_accelerator
 from xdistil.frozen import FrozenStates, run_upper
 from xdistil.inputs import Inputs
@@ -122,7 +122,8 @@ class Predictor:
     def __init__(self, model, tokenizer, seq_len: int, labels: list[str]):
         self.tokenizer, self.seq_len, self.labels = tokenizer, seq_len, labels
         self.accelerator = open_accelerator("cpu", quiet=True)
-        self.model = models.prepare_to_answer(model, self.accelerator)
+        # a tagger of ONNX files comes as it is
+        self.model = models.prepare_to_answer(model, self.accelerator) if hasattr(model, "parameters") else model
 
     def prepare(self, words: list[str]) -> data.Examples:
         """The ids of a sentence."""
@@ -132,6 +133,13 @@ class Predictor:
         """From ids to tags."""
         return evaluate.predict_tags(self.model, examples, [words], self.labels, self.tokenizer.pad_token_id,
                                      self.accelerator, 1)[0]
+
+
+def onnx_int8(model, folder) -> export.OnnxTagger:
+    """The model as an int8 ONNX file, to be run."""
+    model.save_pretrained(folder)
+    export.export_onnx(model, Path(folder) / "onnx")
+    return export.OnnxTagger(folder, "int8")
 
 
 def teacher_passes(root: Path) -> float:

@@ -162,6 +162,9 @@ def compress(who: str, quick: bool) -> dict:
 
 def inference(quick: bool) -> dict:
     """Median CPU milliseconds of one sentence through the big student: ours and the pipeline in turn."""
+    import copy
+    import tempfile
+
     import transformers
     from benchmarks import ours, work
 
@@ -171,7 +174,10 @@ def inference(quick: bool) -> dict:
     model.config.id2label = dict(enumerate(LABELS))
     pipeline = transformers.pipeline("token-classification", model=model, tokenizer=tok, device="cpu",
                                      aggregation_strategy="simple")
-    predictor, times = ours.Predictor(model, tok, 128, LABELS), {"ours": [], "ours_model": [], "peer": []}
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = ours.Predictor(ours.onnx_int8(copy.deepcopy(model), folder), tok, 128, LABELS)
+    predictor = ours.Predictor(copy.deepcopy(model), tok, 128, LABELS)
+    times = {"ours": [], "ours_model": [], "peer": [], "onnx": []}
     for words in [rows[0], *rows]:
         marks = [work.now()[0]]
         examples = predictor.prepare(words)
@@ -180,7 +186,9 @@ def inference(quick: bool) -> dict:
         marks.append(work.now()[0])
         pipeline(" ".join(words))
         marks.append(work.now()[0])
-        for who, a, b in (("ours", 0, 2), ("ours_model", 1, 2), ("peer", 2, 3)):
+        onnx.run(onnx.prepare(words), words)
+        marks.append(work.now()[0])
+        for who, a, b in (("ours", 0, 2), ("ours_model", 1, 2), ("peer", 2, 3), ("onnx", 3, 4)):
             times[who].append(1000 * (marks[b] - marks[a]))
     return {"other": {"inference": {who: statistics.median(values[1:]) for who, values in times.items()}}}
 
@@ -192,10 +200,20 @@ def passes(_quick: bool) -> dict:
     return {"other": {"teacher_passes": ours.teacher_passes(ROOT)}}
 
 
+def whole(_quick: bool) -> dict:
+    """Stages 1 to 3 of the demo, on part of its sentences, with every trick on and off."""
+    from benchmarks import whole_run
+
+    from xdistil.params import load_params
+
+    part = {"train_limit": 600, "transfer_limit": 1200, "teacher_epochs": 2}
+    return {"other": {"whole": whole_run.tricks(load_params("params/demo.yaml", part).model_dump(exclude_none=True))}}
+
+
 MEASURES = {"limits": limits, **{name: lambda quick, name=name: training(name, quick) for name in TRAINING},
             **{f"memory-{who}": lambda quick, who=who: memory(who, quick) for who in ("ours", "loop")},
             **{f"compress-{who}": lambda quick, who=who: compress(who, quick) for who in ("ours", "peer")},
-            "tsv": tsv, "inference": inference, "passes": passes}
+            "tsv": tsv, "inference": inference, "passes": passes, "whole": whole}
 
 
 def merge(into: dict, new: dict) -> None:
@@ -250,8 +268,9 @@ def main() -> None:
     names = [name for name in MEASURES if name == "limits" or (asked.only or "") in name]
     results = {"threads": asked.threads, "quick": asked.quick}
     if asked.quick and not asked.only:
-        names.remove("stage1-small128")
-        merge(results, {"skipped": {"stage1-small128": "left out by --quick"}})
+        for left_out in ("stage1-small128", "whole"):
+            names.remove(left_out)
+            merge(results, {"skipped": {left_out: "left out by --quick"}})
     for name in names:
         start = time.monotonic()
         found = child(name, asked.quick, asked.threads)
