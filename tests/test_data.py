@@ -327,3 +327,10 @@ def test_remembered_words_equal_the_tokenizers_in_thirteen_languages(shared, kin
         for piece, word in zip(encoded["input_ids"][i], encoded.word_ids(i), strict=True):
             wanted[word].append(piece)
         assert pieces == [ids or [tokenizer.unk_token_id] for ids in wanted]
+
+
+def test_processes_share_the_work_and_change_nothing(sentences, tokenizer, labels):
+    alone, shared_out = (encode(sentences, tokenizer, 13, labels, n_jobs) for n_jobs in (1, 3))
+    for name in ("input_ids", "labels", "words", "offsets", "sentences"):
+        one, other = getattr(alone, name), getattr(shared_out, name)
+        assert np.array_equal(one, other) and one.dtype == other.dtype, name

@@ -3,6 +3,7 @@
 (further columns are ignored)."""
 
 import functools
+import os
 import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 
 from xdistil.files import save_text
 from xdistil.losses import IGNORED
@@ -19,6 +21,7 @@ from xdistil.losses import IGNORED
 POOL = 128  # batches that are shuffled and sorted by length together
 REMEMBERED = weakref.WeakKeyDictionary()  # by tokenizer: pieces by word
 EXACT = weakref.WeakKeyDictionary()  # by tokenizer: whether they may be remembered
+PER_PROCESS = 250_000  # sentences: fewer are encoded before another process has started
 CACHED_WORDS = 1_000_000  # distinct words whose pieces are remembered: some 300 MB at the most
 
 
@@ -195,8 +198,24 @@ class Examples:
         return np.diff(self.offsets)
 
 
-def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()) -> Examples:
-    """Token ids of sentences; longer ones become overlapping windows of at most `seq_len` sub-words."""
+def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = (), n_jobs: int = 0) -> Examples:
+    """Token ids of sentences; longer ones become overlapping windows of at most `seq_len` sub-words. Very many are
+    shared out over `n_jobs` processes; default: one for every PER_PROCESS sentences, as far as there are cores."""
+    n_jobs = n_jobs or min(os.cpu_count(), max(1, len(sentences) // PER_PROCESS))
+    if n_jobs == 1:
+        return _encode(sentences, tokenizer, seq_len, labels)
+    cuts = [len(sentences) * i // n_jobs for i in range(n_jobs + 1)]
+    parts = Parallel(n_jobs)(delayed(_encode)(
+        Sentences(sentences.words[a:b], sentences.tags and sentences.tags[a:b]), tokenizer, seq_len, labels)
+        for a, b in pairwise(cuts))
+    starts = np.cumsum([0, *(len(part.input_ids) for part in parts)])
+    fields = [np.concatenate([getattr(part, name) for part in parts]) for name in ("input_ids", "labels", "words")]
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
+    owners = [part.sentences + np.int32(start) for part, start in zip(parts, cuts, strict=False)]
+    return Examples(*fields, np.concatenate([*offsets, starts[-1:]]), np.concatenate(owners))
+
+
+def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str]) -> Examples:
     (before, after), tagged = special_tokens(tokenizer), labels and sentences.tags
     capacity, label_id = seq_len - len(before) - len(after), {label: i for i, label in enumerate(labels)}
     # Ids are gathered in a list; of everything else only counts, from which numpy makes the rest at once.
