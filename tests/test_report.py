@@ -113,3 +113,9 @@ def test_page_follows_the_colour_scheme_and_the_width(page):
     text = page([new_markdown_cell("| a | b |\n|---|---|\n| 1 | 2 |")])
     assert "prefers-color-scheme: dark" in text and "max-width: 860px" in text
     assert 'name="viewport"' in text and "<td>1</td>" in text
+
+
+def test_lines_printed_one_after_another_are_one_block(page):
+    text = page([code("a", stream("[teacher] 10%\n"), stream("[teacher] 20%\n"), stream("[teacher] done\n"))])
+    (block,) = re.findall(r"(?s)<pre>(.*?)</pre>", text)
+    assert block.split() == "[teacher] 10% [teacher] 20% [teacher] done".split()

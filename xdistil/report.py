@@ -23,6 +23,7 @@ def write_report(notebooks_dir, out_path, *, title: str, summary_html: str = "",
     quiet = Config(TagRemovePreprocessor={"enabled": True, "remove_all_outputs_tags": ["setup"]})
     exporter = HTMLExporter(config=quiet, template_name="basic", exclude_input=True, exclude_output_prompt=True,
                             exclude_anchor_links=True)
+    exporter.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)
     contents, sections, paths = [], [], sorted(Path(notebooks_dir).glob("*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"{notebooks_dir} holds no notebook; run `xdistil run` first")
