@@ -113,7 +113,7 @@ def plot_attention_pair(tokens, teacher, student, title, head=None):
     panels = (("Teacher", first, *same), ("Student", second, *same),
               ("Student − teacher", second - first, "RdBu_r", colors.CenteredNorm(), "difference of weights"))
     title += ": mean over heads" if head is None else f": head {head} (counted from 0)"
-    fig, axes = _figure(title, 6.2, cols=3, grid=False, xlabel="attended token", ylabel="attending token")
+    fig, axes = _figure(title, 5.6, cols=3, grid=False, xlabel="attended token", ylabel="attending token")
     for ax, (name, data, cmap, norm, unit) in zip(axes, panels, strict=True):
         fig.colorbar(ax.imshow(data, cmap, norm), ticks=ticker.MaxNLocator(4), label=unit, location="bottom")
         ax.set_xticks(shown, names, rotation=90, **style)
