@@ -218,6 +218,11 @@ def test_no_word_is_lost_however_short_the_windows(sentences, tokenizer, labels,
     assert (np.diff(found.sentences) >= 0).all()
 
 
+def test_an_empty_sentence_has_no_window(tokenizer):
+    found = encode(Sentences([[], ["Storm"], []]), tokenizer, 16)
+    assert found.sentences.tolist() == [1] and len(encode(Sentences([[]]), tokenizer, 16)) == 0
+
+
 LENGTHS = np.random.default_rng(1).integers(3, 65, 500)
 
 

@@ -222,7 +222,7 @@ def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str]) ->
     ids, counts, spans = [], [], []  # pieces of each shown word; (sentence, start, end, first, last) of each window
     for i, pieces in enumerate(word_pieces(tokenizer, sentences.words)):
         sizes = list(map(len, pieces))
-        whole = sum(sizes) <= capacity
+        whole = 0 < sum(sizes) <= capacity
         for start, end, first, last in [(0, len(pieces), 0, len(pieces))] if whole else windows(sizes, capacity):
             ids += before
             ids += chain.from_iterable(pieces if whole else (p[:capacity] for p in pieces[start:end]))
