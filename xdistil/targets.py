@@ -2,9 +2,11 @@
 Kinds: `hidden` [T, P, H_t] for T tokens and P layers and `attention` (each window's P x A x S x S maps, end to end),
 both in bfloat16, and `logits` [T, C] in float32, which every cache but "none" keeps for later stages."""
 
+import ctypes
 import functools
 import math
 import mmap
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from xdistil.models import run_model
 
 # bfloat16 has the range of float32: no outlying dimension overflows
 DTYPES = {"hidden": torch.bfloat16, "attention": torch.bfloat16, "logits": torch.float32}
-RELEASE_EVERY = 16  # batches between two calls of `MappedFile.release`
+RELEASE_EVERY = 4  # batches between two calls of `Chunk.release`
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,16 @@ class Chunk:
     whole: bool
 
     def release(self) -> None:
-        """See `MappedFile.release`."""
+        """Give mapped pages back, and the holes that batches of ever new shapes leave in the heap (glibc's)."""
         for file in self.files.values():
             file.release()
+        if trim := _heap_trimmer():
+            trim(0)
+
+
+@functools.cache
+def _heap_trimmer():
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class TargetStore:
