@@ -254,7 +254,8 @@ def main() -> None:
     """Run the measures one after another and write what they found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under ten minutes on two cores")
-    parser.add_argument("--only", metavar="NAME", help=f"measures whose name holds this; of {', '.join(MEASURES)}")
+    parser.add_argument("--only", metavar="NAME", help="measures whose name holds this, the rest of FILE stays; of "
+                        + ", ".join(MEASURES))
     parser.add_argument("--out", type=Path, default=ROOT / "tests/benchmarks/results/latest.json")
     parser.add_argument("--threads", type=int, default=1, help="more than 1: wall seconds instead of CPU seconds")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -267,6 +268,12 @@ def main() -> None:
 
     names = [name for name in MEASURES if name == "limits" or (asked.only or "") in name]
     results = {"threads": asked.threads, "quick": asked.quick}
+    if asked.only and asked.out.is_file():  # the rest of that file stays
+        results, names = json.loads(asked.out.read_text(encoding="utf-8")), names[1:]
+        results["training"] = [row for row in results.get("training", [])
+                               if f"{row['stage']}-{row['setting']}" not in names]
+        for name in names:
+            results.get("skipped", {}).pop(name, None)
     if asked.quick and not asked.only:
         for left_out in ("stage1-small128", "whole"):
             names.remove(left_out)
