@@ -11,7 +11,7 @@ def compress(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
         raise ValueError(f"compress_word_embedding: rank {rank} of a {tuple(matrix.shape)} matrix; "
                          f"set hidden_size to at most {min(matrix.shape)}")
     matrix = matrix.detach().cpu()
-    moments = sum((block.T @ block).double() for block in matrix.float().split(4096))
+    moments = sum((block.T @ block).double() for block in matrix.float().split(16384))
     values, vectors = torch.linalg.eigh(moments)
     basis = vectors.flip(-1)[:, :rank].to(matrix.dtype)
     basis *= basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # else the signs depend on the LAPACK build

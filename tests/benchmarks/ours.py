@@ -107,7 +107,8 @@ def all_ours(setting: Setting, stage: str, given) -> list[Ours]:
 
 
 def encode(path, tokenizer, seq_len: int, labels: list[str]) -> data.Examples:
-    """A labelled file as ids and labels."""
+    """A labelled file as ids and labels, no word remembered from before."""
+    data.REMEMBERED.pop(tokenizer, None)
     return data.encode(data.read_tagged(path, labels), tokenizer, seq_len, labels)
 
 
