@@ -89,6 +89,7 @@ def precision(asked: dict, seeds=(1, 2, 3)) -> dict:
                 metrics = run.stage("evaluation").metrics
                 found.append(metrics["student"]["test"]["macro"])
                 teacher = metrics["teacher"]["test"]["macro"]
+                print(f"seed {seed}, {policy}: {found[-1]:.4f}", file=sys.stderr, flush=True)
     return {"teacher": teacher, **{policy: {"scores": found, "mean": statistics.fmean(found),
                                             "stdev": statistics.stdev(found)} for policy, found in scores.items()}}
 
