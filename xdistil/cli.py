@@ -117,7 +117,8 @@ def export_files(asked) -> int:
     from xdistil import export, models
 
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
-    model = models.load_classifier(asked.student_dir, list(config.id2label.values()), "STUDENT_DIR")
+    labels = [config.id2label[i] for i in range(config.num_labels)]
+    model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR")
     for path in export.export_onnx(model, Path(asked.student_dir) / "onnx").values():
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     return 0
