@@ -31,7 +31,7 @@ def test_singular_values_are_those_of_the_uncentred_matrix(matrix):
 
 
 def test_blocks_make_no_difference():
-    tall = torch.randn(9000, 4)  # more rows than one block of 8,192
+    tall = torch.randn(40_000, 4)  # more rows than two blocks
     torch.testing.assert_close(compress(tall, 4)[1], torch.linalg.svdvals(tall), rtol=1e-4, atol=1e-4)
 
 
@@ -50,6 +50,13 @@ def test_signs_are_fixed(matrix):
     order = torch.randperm(60)
     torch.testing.assert_close(compress(matrix[order], 4)[0], small[order], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(compress(-matrix, 4)[0], -small, rtol=1e-3, atol=1e-3)
+
+
+def test_the_result_goes_where_it_is_wanted(matrix):
+    rows = torch.nn.Parameter(torch.empty(60, 5))
+    with torch.no_grad():
+        small, _ = compress(matrix, 5, out=rows)
+    assert small is rows and torch.equal(rows, compress(matrix, 5)[0])
 
 
 def test_compression_keeps_no_graph(matrix):

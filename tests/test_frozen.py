@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from xdistil import frozen, losses
-from xdistil.data import batches, collate
+from xdistil.data import collate
 from xdistil.frozen import FrozenStates, lower_states, run_upper
+from xdistil.grouping import batches, grid
 from xdistil.models import run_model
 from xdistil.training import Feed, Recipe, fit
 from xdistil.unfreeze import freeze_to, layer_groups, n_frozen_layers, unfreezing_steps
@@ -72,7 +73,8 @@ def test_the_frozen_part_runs_once_for_each_window_and_step(teacher, examples, a
     for _, names in steps(teacher):
         freeze_to(teacher, names)
         for seed in (1, 2):
-            list(kept.feed(collate(examples, r, 0) for r in batches(examples.lengths, 8, seed)))
+            grouped = batches(examples.lengths, grid(examples.lengths, 8), seed)
+            list(kept.feed(collate(examples, rows, 0) for rows, _ in grouped))
     assert {n: sum(size for m, size in seen if m == n) for n, _ in seen} == dict.fromkeys((4, 3, 2, 1), len(examples))
 
 
@@ -89,7 +91,8 @@ def test_training_ends_with_the_same_weights(teacher, examples, accelerator, tmp
     start, ends = {name: p.clone() for name, p in teacher.state_dict().items()}, {}
 
     def feed_batches(pass_number, _chunk):
-        return (collate(examples, rows, 0) for rows in batches(examples.lengths, 8, pass_number))
+        grouped = batches(examples.lengths, grid(examples.lengths, 8), pass_number)
+        return (collate(examples, rows, 0) for rows, _ in grouped)
 
     for name, budget in (("fresh", 0), ("kept", 1e9)):
         teacher.load_state_dict(start)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from xdistil import losses, targets
-from xdistil.data import batches, collate
+from xdistil.data import collate
+from xdistil.grouping import batches, grid
 from xdistil.models import from_config, run_model
 from xdistil.targets import DTYPES, Targets, TargetSpec, TargetStore
 
@@ -224,8 +225,8 @@ def test_grouped_batches_sum_to_the_loss_of_one_wide_batch(teacher, examples):
 
     def sums(groups):
         total = torch.zeros(3, dtype=torch.double)
-        for rows in groups:
-            batch = collate(examples, rows, 0)
+        for rows, width in groups:
+            batch = collate(examples, rows, 0, width)
             with torch.inference_mode():
                 one, two = (run_model(model, batch, True, True) for model in (teacher, other))
             mask, n = batch["attention_mask"], examples.lengths[rows].astype(int)
@@ -234,9 +235,9 @@ def test_grouped_batches_sum_to_the_loss_of_one_wide_batch(teacher, examples):
                                    float(losses.logit_mse(two[0], one[0], mask)) * n.sum()], dtype=torch.double)
         return total
 
-    grouped = batches(examples.lengths, 8, 1)
+    grouped = batches(examples.lengths, grid(examples.lengths, 8), 1)
     assert len(grouped) > 5
-    torch.testing.assert_close(sums(grouped), sums([np.arange(len(examples))]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums(grouped), sums([(np.arange(len(examples)), None)]), rtol=1e-5, atol=0)
 
 
 def test_dropped_kinds_are_gone_and_come_back_when_asked(open_store, tmp_path):

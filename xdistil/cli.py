@@ -131,7 +131,7 @@ def predict_file(asked) -> int:
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
     labels = [config.id2label[i] for i in range(config.num_labels)]
     tokenizer = models.load_tokenizer(asked.student_dir, "STUDENT_DIR")
-    accelerator = devices.open_accelerator(asked.device, quiet=True)
+    accelerator = devices.open_accelerator(asked.device, "float32" if asked.onnx else "auto", quiet=True)
     if asked.onnx:
         model = export.OnnxTagger(asked.student_dir, asked.onnx)
     else:

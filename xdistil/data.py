@@ -1,4 +1,4 @@
-"""Text to ids and back: TSV files, ragged examples, windows, length-grouped batches. A labelled line is
+"""Text to ids and back: TSV files, ragged examples, windows, padded batches. A labelled line is
 `words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no quoting; a transfer line is text
 (further columns are ignored)."""
 
@@ -18,7 +18,6 @@ from joblib import Parallel, delayed
 from xdistil.files import save_text
 from xdistil.losses import IGNORED
 
-POOL = 128  # batches that are shuffled and sorted by length together
 REMEMBERED = weakref.WeakKeyDictionary()  # by tokenizer: pieces by word
 EXACT = weakref.WeakKeyDictionary()  # by tokenizer: whether they may be remembered
 PER_PROCESS = 250_000  # sentences: fewer are encoded before another process has started
@@ -122,11 +121,11 @@ def write_tagged(path: Path, sentences: Sentences, tags: list[list[str]]) -> Non
     save_text(path, "".join(f"{' '.join(w)}\t{' '.join(t)}\t{language}\n" for w, t, language in rows))
 
 
-def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list[int]]]:
+def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[tuple[int, ...]]]:
     """The sub-word ids of each word of each sentence; a word without any gets the unknown id. Distinct words are
     tokenised once for all files and remembered where that is exact, which is checked on a tokenizer's first sentences;
     elsewhere (pieces that depend on neighbours) whole sentences are tokenised in batches."""
-    unknown, cache = [tokenizer.unk_token_id or 0], REMEMBERED.setdefault(tokenizer, {})
+    unknown, cache = (tokenizer.unk_token_id or 0,), REMEMBERED.setdefault(tokenizer, {})
 
     def whole(batch):
         encoded = tokenizer(batch, is_split_into_words=True, add_special_tokens=False, verbose=False)
@@ -134,7 +133,7 @@ def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[list
             ids = [[] for _ in sentence]
             for piece, word in zip(encoded["input_ids"][i], encoded.word_ids(i), strict=True):
                 ids[word].append(piece)
-            yield [pieces or unknown for pieces in ids]
+            yield [tuple(pieces) or unknown for pieces in ids]  # the garbage collector need not visit these tuples
 
     def remembered(batch):
         words = {word: None for sentence in batch for word in sentence}
@@ -246,38 +245,12 @@ def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str]) ->
     return Examples(np.asarray(ids, np.int32), tags, words, offsets, owner.astype(np.int32))
 
 
-# sub-words of a batch's rows where every shape is compiled for itself (XLA)
-BUCKETS = np.array([8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024])
-
-
-def widths(lengths: np.ndarray, fixed: bool = False) -> np.ndarray:
-    """The width that a batch needs for each window: its length or, with `fixed`, the next of a few BUCKETS."""
-    lengths = np.asarray(lengths)
-    return BUCKETS[np.minimum(np.searchsorted(BUCKETS, lengths), len(BUCKETS) - 1)] if fixed else lengths
-
-
-def batches(lengths: np.ndarray, batch_size: int, seed: int | None = None, fixed: bool = False) -> list[np.ndarray]:
-    """Indices of length-grouped batches with about the same number of token slots each. Windows are shuffled, sorted
-    by length within large pools, and packed up to `batch_size` times the mean length in slots: `batch_size` windows of
-    average length, more short ones, fewer long ones. Without a seed: one pool, longest first, for evaluation."""
-    padded, rng, packed = widths(lengths, fixed), np.random.default_rng(seed), []
-    slots, pool_size = batch_size * padded.mean(), len(padded) if seed is None else POOL * batch_size
-    order = np.arange(len(padded)) if seed is None else rng.permutation(len(padded))
-    for pool in np.split(order, range(pool_size, len(order), pool_size)):
-        pool = pool[np.argsort(-padded[pool], kind="stable")]
-        while len(pool):
-            n = max(1, int(slots // padded[pool[0]]))  # the first is the longest
-            packed.append(pool[:n])
-            pool = pool[n:]
-    return packed if seed is None else [packed[i] for i in rng.permutation(len(packed))]
-
-
-def collate(examples: Examples, indices, pad_id: int, fixed: bool = False) -> dict[str, torch.Tensor]:
-    """One batch: input_ids, attention_mask, labels and words, each [B, S], S the longest of `widths`; windows [B]."""
+def collate(examples: Examples, indices, pad_id: int, width: int | None = None) -> dict[str, torch.Tensor]:
+    """One batch: input_ids, attention_mask, labels and words, each [B, S], S = `width` or the longest; windows [B]."""
     lengths, indices = examples.lengths[indices], np.asarray(indices)
-    width = int(widths(lengths.max(), fixed))
-    real = np.arange(width) < lengths[:, None]
-    places = (examples.offsets[indices][:, None] + np.arange(width))[real]
+    column = np.arange(width or lengths.max())
+    real = column < lengths[:, None]
+    places = (examples.offsets[indices][:, None] + column)[real]
     batch = {"attention_mask": torch.from_numpy(real.astype(np.int64)), "windows": torch.from_numpy(indices)}
     for name, padding in (("input_ids", pad_id), ("labels", IGNORED), ("words", -1)):
         field = np.full(real.shape, padding, np.int64)

@@ -1,21 +1,23 @@
 """The teacher's word embeddings in the student's width: truncated SVD, or mapped by shared pieces."""
 
+import numpy as np
 import torch
 
 
-def compress(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def compress(matrix: torch.Tensor, rank: int, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Truncated SVD of word embeddings [V, H], not centred (2004.05686), by their second moments [H, H], summed in
-    double precision over blocks. Returns U_k S_k = matrix @ V_k, [V, rank]; and all H singular values, descending.
-    Raises ValueError if the rank is not in 1..min(V, H)."""
+    double precision over blocks. Returns U_k S_k = matrix @ V_k, [V, rank], written into `out` if that is given; and
+    all H singular values, descending. Raises ValueError if the rank is not in 1..min(V, H)."""
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(f"compress_word_embedding: rank {rank} of a {tuple(matrix.shape)} matrix; "
                          f"set hidden_size to at most {min(matrix.shape)}")
     matrix = matrix.detach().cpu()
-    moments = sum((block.T @ block).double() for block in matrix.float().split(16384))
-    values, vectors = torch.linalg.eigh(moments)
+    # numpy's product of a matrix with itself does half the work of torch's
+    moments = sum((block.numpy().T @ block.numpy()).astype(np.float64) for block in matrix.float().split(16384))
+    values, vectors = torch.linalg.eigh(torch.from_numpy(moments))
     basis = vectors.flip(-1)[:, :rank].to(matrix.dtype)
     basis *= basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()  # else the signs depend on the LAPACK build
-    return matrix @ basis, values.flip(-1).clamp(min=0).sqrt().float()
+    return torch.mm(matrix, basis, out=out), values.flip(-1).clamp(min=0).sqrt().float()
 
 
 def plain_pieces(pieces: list[str]) -> list[str]:

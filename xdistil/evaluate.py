@@ -1,12 +1,13 @@
 """How good: one prediction per word, strict entity F1 per sentence, per language and per type."""
 
+import itertools
 import statistics
 import timeit
 
 import numpy as np
 import torch
 
-from xdistil import data, models
+from xdistil import data, grouping, models
 
 
 def _best(model, batch: dict, accelerator) -> torch.Tensor:
@@ -15,13 +16,22 @@ def _best(model, batch: dict, accelerator) -> torch.Tensor:
         return models.run_model(model, inputs)[0].argmax(-1).cpu()
 
 
+def _batches(lengths: np.ndarray, batch_size: int, accelerator) -> list[tuple[np.ndarray, int]]:
+    """As `grouping.batches`. Where kernels are prepared for each shape, it is one of few, whatever text will come."""
+    if accelerator.device.type == "xla" or (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "bf16"):
+        shapes = grouping.BUCKETS, np.maximum(1, 32 * batch_size // grouping.BUCKETS)
+    else:
+        shapes = grouping.grid(lengths, batch_size)
+    return grouping.batches(lengths, shapes)
+
+
 def predict_tags(model, examples: data.Examples, words: list[list[str]], labels: list[str], pad_id: int,
                  accelerator, batch_size: int = 64) -> list[list[str]]:
     """The most probable label of every word, in input order: at its first sub-word, in the one window that owns it."""
     tags = [["O"] * len(sentence) for sentence in words]
     model.eval()
-    for rows in data.batches(examples.lengths, batch_size) if len(examples) else ():
-        batch = data.collate(examples, rows, pad_id)
+    for rows, width in _batches(examples.lengths, batch_size, accelerator) if len(examples) else ():
+        batch = data.collate(examples, rows, pad_id, width)
         best, first = _best(model, batch, accelerator), batch["words"] >= 0
         sentences = examples.sentences[rows][first.nonzero()[:, 0].numpy()]
         for sentence, word, label in zip(sentences, batch["words"][first].tolist(), best[first].tolist(), strict=True):
@@ -65,13 +75,17 @@ def retention(student: dict, teacher: dict) -> dict:
 
 def measure_speed(model, examples: data.Examples, pad_id: int, accelerator, n: int = 100) -> dict:
     """Median milliseconds per window at batch 1, and windows per second at batch 32; the model alone."""
-    def seconds(rows) -> float:
-        batch = data.collate(examples, rows, pad_id)
+    def seconds(rows, width: int) -> float:
+        batch = data.collate(examples, some[rows], pad_id, width)
         return timeit.timeit(lambda: _best(model, batch, accelerator), number=1)
 
     model.eval()
     some = np.linspace(0, len(examples) - 1, min(n, len(examples))).astype(int)
-    groups = [some[rows] for rows in data.batches(examples.lengths[some], 32)]
-    seconds(some[:1]), seconds(groups[0])  # the first calls also allocate
-    return {"ms_per_sentence": 1000 * statistics.median(seconds(some[i : i + 1]) for i in range(len(some))),
-            "sentences_per_second": len(some) / min(sum(map(seconds, groups)) for _ in range(2))}
+    lengths = examples.lengths[some]
+    singles = [(rows + i, width) for i in range(len(some))
+               for rows, width in _batches(lengths[i : i + 1], 1, accelerator)]
+    groups = _batches(lengths, 32, accelerator)
+    for batch in (singles[0], groups[0]):
+        seconds(*batch)  # the first calls also allocate
+    return {"ms_per_sentence": 1000 * statistics.median(itertools.starmap(seconds, singles)),
+            "sentences_per_second": len(some) / min(sum(itertools.starmap(seconds, groups)) for _ in range(2))}

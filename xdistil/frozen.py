@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from xdistil.data import Examples, batches, collate
+from xdistil.data import Examples, collate
+from xdistil.grouping import batches, grid
 from xdistil.models import run_model
 from xdistil.unfreeze import encoder_layers, n_frozen_layers
 
@@ -78,8 +79,9 @@ class FrozenStates:
             self.states = None
             return
         self.states = torch.empty(self.n_tokens, width, dtype=dtype)
-        for rows in batches(self.examples.lengths[self.windows], 64):
-            batch = collate(self.examples, self.windows[rows], self.pad_id)
+        lengths = self.examples.lengths[self.windows]
+        for rows, width in batches(lengths, grid(lengths, 64)):
+            batch = collate(self.examples, self.windows[rows], self.pad_id, width)
             on_device = {name: x.to(self.accelerator.device) for name, x in batch.items()}
             with torch.no_grad(), self.accelerator.autocast():
                 found = lower_states(self.model, on_device, self.n_layers).to("cpu", dtype)

@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from xdistil import data, demo_data, evaluate, models
+from xdistil import data, demo_data, evaluate, grouping, models
 from xdistil.files import hash_file, read_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import STAGES, Run
@@ -118,10 +118,11 @@ class Inputs:
 
     def labelled(self, batch_size: int, accelerator) -> Feed:
         """The training set as a feed for `fit`."""
-        (_, examples), fixed = self.read("train"), accelerator.device.type == "xla"
+        _, examples = self.read("train")
+        shapes = grouping.grid(examples.lengths, batch_size, accelerator.device.type == "xla")
 
         def batches(pass_number: int, _chunk: int):
-            for rows in data.batches(examples.lengths, batch_size, self.params.seed + 7919 * pass_number, fixed):
-                yield data.collate(examples, rows, self.pad_id, fixed)
+            for rows, width in grouping.batches(examples.lengths, shapes, self.params.seed + 7919 * pass_number):
+                yield data.collate(examples, rows, self.pad_id, width)
 
         return Feed(batches, len(examples))

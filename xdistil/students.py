@@ -74,8 +74,9 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
             origin = "the teacher's"
         elif compress:  # at the scale that the layers above were initialised for
             own = word_embedding(student)
-            new, _ = embeddings.compress(words, own.shape[1])
-            own.copy_(new * (own.norm(dim=-1).mean() / new.norm(dim=-1).mean()))
+            scale = own.norm(dim=-1).mean()
+            embeddings.compress(words, own.shape[1], out=own)
+            own *= scale / own.norm(dim=-1).mean()
             origin = "the teacher's, by truncated SVD"
     student.config.pad_token_id = tokenizer.pad_token_id
     return student, origin

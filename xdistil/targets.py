@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xdistil.data import Examples, batches, collate
+from xdistil.data import Examples, collate
 from xdistil.files import read_json, save_json
+from xdistil.grouping import batches, grid
 from xdistil.models import run_model
 
 # bfloat16 has the range of float32: no outlying dimension overflows
@@ -203,11 +204,12 @@ class TargetStore:
         chunk = self.chunks[name] = self.chunks.get(name) or self._open(name, windows)
         targets, n_heads, asking = chunk.targets, self.config.num_attention_heads, 0.0
         read = chunk.whole and set(targets.arrays) == set(self.spec.shapes(targets.lengths, self.config))
-        grouped = batches(targets.lengths, batch_size, seed, self.fixed)
-        for i, rows in enumerate(grouped):
-            batch = collate(self.examples, windows[rows], self.pad_id, self.fixed)
+        # of all examples, so that the shapes are those of every other chunk
+        grouped = batches(targets.lengths, grid(self.examples.lengths, batch_size, self.fixed), seed)
+        for i, (rows, width) in enumerate(grouped):
+            batch = collate(self.examples, windows[rows], self.pad_id, width)
             if read:
-                found = targets.padded(rows, batch["input_ids"].shape[1], n_heads)
+                found = targets.padded(rows, width, n_heads)
             else:
                 start, found = time.perf_counter(), self.ask(batch)
                 if not chunk.whole:
@@ -219,9 +221,9 @@ class TargetStore:
         if not chunk.whole:
             if self.undecided and len(targets.arrays) > 1:
                 start, some = time.perf_counter(), grouped[:RELEASE_EVERY]
-                for rows in some:
-                    targets.padded(rows, int(targets.lengths[rows].max()), n_heads)
-                reading = (time.perf_counter() - start) / sum(map(len, some)) * len(windows)
+                for rows, width in some:
+                    targets.padded(rows, width, n_heads)
+                reading = (time.perf_counter() - start) / sum(len(rows) for rows, _ in some) * len(windows)
                 self.undecided, self.keep_all = False, reading < asking
                 save_json(self.folder / "auto.json", {"keep": self.keep_all, "teacher": asking, "reading": reading})
             if chunk.files:

@@ -112,9 +112,9 @@ def encode(path, tokenizer, seq_len: int, labels: list[str]) -> data.Examples:
     return data.encode(data.read_tagged(path, labels), tokenizer, seq_len, labels)
 
 
-def compress(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """Word embeddings in a smaller width."""
-    return embeddings.compress(matrix, rank)[0]
+def compress(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Word embeddings in the width of a student's rows, and written into them."""
+    return embeddings.compress(matrix, rows.shape[1], out=rows)[0]
 
 
 class Predictor:
@@ -122,9 +122,9 @@ class Predictor:
 
     def __init__(self, model, tokenizer, seq_len: int, labels: list[str]):
         self.tokenizer, self.seq_len, self.labels = tokenizer, seq_len, labels
-        self.accelerator = open_accelerator("cpu", quiet=True)
-        # a tagger of ONNX files comes as it is
-        self.model = models.prepare_to_answer(model, self.accelerator) if hasattr(model, "parameters") else model
+        is_onnx = isinstance(model, export.OnnxTagger)  # it comes as it is
+        self.accelerator = open_accelerator("cpu", "float32" if is_onnx else "auto", quiet=True)
+        self.model = model if is_onnx else models.prepare_to_answer(model, self.accelerator)
 
     def prepare(self, words: list[str]) -> data.Examples:
         """The ids of a sentence."""

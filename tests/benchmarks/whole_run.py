@@ -17,27 +17,22 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from xdistil import data, frozen, stages, targets  # noqa: E402
+from xdistil import frozen, grouping, stages, targets  # noqa: E402
 from xdistil.params import load_params  # noqa: E402
 from xdistil.runs import STAGES, Run  # noqa: E402
 
 OFF = {"opt_policy": "float32", "targets_cache": "none", "targets_cache_gb": 0}
 
 
-def plain_batches(lengths, batch_size, seed=None, fixed=False):
-    """What most people write: random batches of a constant number of sentences."""
-    order = np.arange(len(lengths)) if seed is None else np.random.default_rng(seed).permutation(len(lengths))
-    return np.split(order, range(batch_size, len(order), batch_size))
-
-
 @contextlib.contextmanager
 def tricks_off(seq_len: int):
-    """Batches in random order, padded to `seq_len`."""
+    """What most people write: batches of a constant number of sentences, padded to `seq_len`."""
+    def plain(_lengths, batch_size, fixed=False):
+        return np.array([seq_len]), np.array([batch_size])
+
     with contextlib.ExitStack() as stack:
-        for module in (data, targets, frozen):
-            stack.enter_context(mock.patch.object(module, "batches", plain_batches))
-        stack.enter_context(mock.patch.object(data, "widths", lambda lengths, fixed=False: np.full_like(
-            np.asarray(lengths), seq_len)))
+        for module in (grouping, targets, frozen):
+            stack.enter_context(mock.patch.object(module, "grid", plain))
         yield
 
 
