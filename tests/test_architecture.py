@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "xdistil").glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
 LEVELS = [  # a module may import those of lower levels only
-    {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots"},
+    {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights"},
     {"runs", "devices", "data", "demo_data", "models"},
     {"students", "targets", "training", "frozen", "export", "evaluate", "alignment", "report"},
     {"inputs"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
 HOLD_PARAMS = {"params", "runs", "inputs", "feeds", "stages", "views", "cli"}
-LAZY = {"papermill", "IPython", "nbformat", "onnx", "torch_xla"}
+LAZY = {"papermill", "IPython", "nbformat", "onnx", "torch_xla", "h5py"}
 
 
 def imports(nodes):

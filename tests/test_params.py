@@ -88,7 +88,6 @@ def test_the_limits_above_are_all_there_are():
 @pytest.mark.parametrize("values, parameter, remedy", [
     ({"do_NER": False}, "do_NER", "set do_NER: true"),
     ({"do_pairwise": True}, "do_pairwise", "set do_pairwise: false"),
-    ({"tf_model_check": True}, "tf_model_check", "set tf_model_check: false"),
     ({"hidden_size": 20, "num_attention_heads": 12}, "hidden_size",
      r"choose num_attention_heads from \[1, 2, 4, 5, 10, 20\]"),
     ({"student_init": "checkpoint"}, "student_init", "name it or set student_init: scratch"),

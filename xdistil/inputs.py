@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from xdistil import data, demo_data, evaluate, grouping, models
+from xdistil import data, demo_data, evaluate, grouping, models, tf_weights
 from xdistil.files import hash_file, read_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import STAGES, Run
@@ -13,7 +13,8 @@ RECIPE = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_sched
 TRANSFER = ("transfer_limit", "distil_chunk_size", "holdout_ratio", "student_distil_batch_size", "distil_epochs")
 STUDENT = ("dropout", "freeze_word_embedding")
 USES = {  # the parameters that each stage's result follows from
-    "teacher": (*RECIPE, "pt_teacher_checkpoint", "train_limit", "teacher_batch_size", "teacher_epochs", "teacher_lr"),
+    "teacher": (*RECIPE, "pt_teacher_checkpoint", "tf_model_check", "train_limit", "teacher_batch_size",
+                "teacher_epochs", "teacher_lr"),
     "student-init": ("seed", "student_init", "pt_student_checkpoint", "hidden_size", "num_hidden_layers",
                      "num_attention_heads", "intermediate_size", "compress_word_embedding"),
     "hidden": (*RECIPE, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
@@ -43,25 +44,46 @@ def teacher_dir(params: Params, run: Run) -> Path:
     return Path(params.teacher_model_dir or run.dir / "teacher")
 
 
+def _tf_file(params: Params, parameter: str) -> Path | None:
+    """The TensorFlow file of what a parameter names, if tf_model_check says so. Raises CheckpointError if there are no
+    other weights and it does not."""
+    source = getattr(params, parameter)
+    found = tf_weights.find_checkpoint(source)
+    if found and not params.tf_model_check and not any(Path(source).glob("*.safetensors")):
+        raise models.CheckpointError(f"{parameter}: {source} holds a TensorFlow checkpoint, {found.name}, and no "
+                                     "model.safetensors; set tf_model_check: true")
+    return found if params.tf_model_check else None
+
+
 def given_teacher(params: Params, run: Run) -> Path | None:
-    """The folder of a fine-tuned teacher that teacher_model_dir holds and this run did not write."""
+    """The fine-tuned teacher that teacher_model_dir holds and this run did not write: folder or TensorFlow file."""
     begun, folder = read_json(run.dir / "teacher/begun.json", {}), teacher_dir(params, run)
     ours = "teacher_model_dir" in begun and begun["teacher_model_dir"] in (None, params.teacher_model_dir)
-    return folder if params.teacher_model_dir and not ours and any(folder.glob("*.safetensors")) else None
+    if not params.teacher_model_dir or ours:
+        return None
+    return _tf_file(params, "teacher_model_dir") or (folder if any(folder.glob("*.safetensors")) else None)
 
 
 def teacher_source(params: Params, run: Run) -> tuple[str, str]:
-    """The fine-tuned teacher's folder, or the checkpoint that it starts from; and the parameter that names it."""
-    if given_teacher(params, run) or is_done(params, run, "teacher"):
+    """The fine-tuned teacher, or the checkpoint that it starts from, a TensorFlow one by its file; and the parameter
+    that names it. Raises CheckpointError if tf_model_check is at odds with the files."""
+    if given := given_teacher(params, run):
+        return str(given), "teacher_model_dir"
+    if is_done(params, run, "teacher"):
         return str(teacher_dir(params, run)), "teacher_model_dir"
-    return params.pt_teacher_checkpoint, "pt_teacher_checkpoint"
+    found = _tf_file(params, "pt_teacher_checkpoint")
+    if params.tf_model_check and not found:
+        raise models.CheckpointError(f"tf_model_check: no tf_model.h5 or *.ckpt.index in pt_teacher_checkpoint "
+                                     f"{params.pt_teacher_checkpoint!r}; give a folder that has one, or set "
+                                     "tf_model_check: false")
+    return str(found or params.pt_teacher_checkpoint), "pt_teacher_checkpoint"
 
 
 def depends(params: Params, run: Run, name: str) -> dict:
     """Everything the result of a stage follows from, as flat names and values."""
     values, files, given = params.pick(*USES.get(name, ())), FILES.get(name, ()), given_teacher(params, run)
     if name == "teacher" and given:
-        weights = fingerprint([_hash(path) for path in sorted(given.glob("*.safetensors"))])
+        weights = fingerprint([_hash(path) for path in sorted(given.glob("*.safetensors")) or [given]])
         values, files = {"teacher weights": weights, "seq_len": params.seq_len}, ("dev", "labels")
     elif name == "teacher":
         values |= {"teacher_epochs": params.teacher_epochs or params.ft_epochs,

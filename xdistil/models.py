@@ -1,7 +1,9 @@
-"""Hugging Face token classifiers: load, check, run, save. Weights come from safetensors, remote code is never run."""
+"""Hugging Face token classifiers: load, check, run, save. Weights come from safetensors, or from a TensorFlow file
+where the checkpoint is one; remote code is never run."""
 
 import functools
 import importlib
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from xdistil import tf_weights
+from xdistil.files import read_json
 from xdistil.unfreeze import encoder_layers
 
 # hub models that a Python package also carries, for machines without the hub
@@ -34,32 +38,69 @@ def _load(loader, checkpoint, parameter: str, **options):
         reason, remedy = str(error).strip().splitlines()[0], "give a folder, or a hub name on a machine with network"
         if is_folder:
             remedy = "the folder needs config.json, tokenizer.json and model.safetensors"
+        elif source.endswith("bert_config.json"):
+            remedy = "a TF1 checkpoint needs bert_config.json and vocab.txt beside it"
         raise CheckpointError(f"{parameter}: cannot load {str(checkpoint)!r} ({reason}); {remedy}") from None
 
 
 def load_config(checkpoint, parameter: str = "pt_teacher_checkpoint"):
     """The config of a checkpoint: one small file, or the hub's. Raises CheckpointError."""
-    return _load(transformers.AutoConfig, checkpoint, parameter)
+    path = Path(checkpoint)
+    if path.suffix == ".index":
+        return _load(transformers.BertConfig, path.with_name("bert_config.json"), parameter)
+    return _load(transformers.AutoConfig, path.parent if path.suffix == ".h5" else checkpoint, parameter)
 
 
 def load_tokenizer(checkpoint, parameter: str = "pt_teacher_checkpoint"):
-    """The tokenizer of a checkpoint. Raises CheckpointError if it does not fit the model's rows."""
-    config = load_config(checkpoint, parameter)
-    spaced = {"add_prefix_space": True} if config.model_type in BYTE_BPE else {}
-    tokenizer = _load(transformers.AutoTokenizer, checkpoint, parameter, **spaced)
-    if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id is None:
+    """The tokenizer of a checkpoint. Beside a TF1 checkpoint, where tokenizer_config.json does not say so, letter case
+    is kept if vocab.txt has capitals. Raises CheckpointError if it does not fit the model's rows."""
+    config, path, loader = load_config(checkpoint, parameter), Path(checkpoint), transformers.AutoTokenizer
+    options = {"add_prefix_space": True} if config.model_type in BYTE_BPE else {}
+    folder = path.parent if path.suffix in tf_weights.SUFFIXES else checkpoint
+    if path.suffix == ".index":
+        said, vocab = read_json(folder / "tokenizer_config.json", {}), folder / "vocab.txt"
+        capitals = vocab.is_file() and re.search(r"(?m)^[^\[\n]*[A-Z]", vocab.read_text(encoding="utf-8"))
+        loader, options = transformers.BertTokenizer, {"do_lower_case": said.get("do_lower_case", not capitals)}
+    tokenizer = _load(loader, folder, parameter, **options)
+    few = len(tokenizer) <= len(set(tokenizer.all_special_ids))  # what transformers makes of no file at all
+    if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id is None or few:
         raise CheckpointError(f"{parameter}: the tokenizer of {str(checkpoint)!r} has {len(tokenizer)} pieces and "
                               f"padding id {tokenizer.pad_token_id}, the model {config.vocab_size} rows; the folder "
-                              "needs its own tokenizer.json with a padding token")
+                              "needs its own tokenizer.json or vocab.txt with a padding token")
     return tokenizer
 
 
 def load_classifier(checkpoint, labels: list[str], parameter: str):
     """A float32 token classifier over `labels`; a checkpoint's head is kept if it fits. Raises CheckpointError."""
-    return pool_dropout(_load(
-        transformers.AutoModelForTokenClassification, checkpoint, parameter, dtype=torch.float32,
-        id2label=dict(enumerate(labels)), label2id={x: i for i, x in enumerate(labels)}, use_safetensors=True,
-        ignore_mismatched_sizes=True))
+    names = {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}}
+    same = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+    if Path(checkpoint).suffix in tf_weights.SUFFIXES:
+        return pool_dropout(_load_tf(Path(checkpoint), names, parameter, **same))
+    return pool_dropout(_load(transformers.AutoModelForTokenClassification, checkpoint, parameter,
+                              use_safetensors=True, **names, **same))
+
+
+def _load_tf(path: Path, names: dict, parameter: str, **options):
+    config, head = load_config(path, parameter), {"classifier.weight", "classifier.bias"}
+    if config.model_type not in tf_weights.FAMILIES:
+        raise CheckpointError(f"{parameter}: {path} is a {config.model_type!r} model; of TensorFlow's, only these are "
+                              f"read: {', '.join(tf_weights.FAMILIES)}")
+    config.update(names)
+    try:
+        state = tf_weights.read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{parameter}: {error}") from None
+    loader = transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)]
+    model, found = loader.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
+    missing, new_head = found["missing_keys"], head if head <= found["missing_keys"] else set()
+    wrong = [f"{name} is missing" for name in sorted(missing - new_head)]
+    wrong += [f"{name} is unknown" for name in sorted(found["unexpected_keys"])]
+    wrong += [f"{name} has shape {list(there)}, not {list(due)}"
+              for name, there, due in sorted(found["mismatched_keys"]) if name not in head]
+    if wrong:
+        raise CheckpointError(f"{parameter}: {path} does not fit its config in {len(wrong)} weights: "
+                              f"{', '.join(wrong[:6])}; give a whole checkpoint and the config it was made with")
+    return model
 
 
 def n_positions(config) -> int:

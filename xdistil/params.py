@@ -70,7 +70,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
 
     pt_teacher: str | None = _field(None, "encoder class, such as BertModel; checked against the checkpoint")
     pt_teacher_checkpoint: str = _field("sentence-transformers/all-MiniLM-L6-v2", "encoder: folder or hub name")
-    tf_model_check: bool = _field(False, "teacher checkpoint from TensorFlow, not in this version")
+    tf_model_check: bool = _field(False, "teacher from tf_model.h5 or bert_model.ckpt (pip install xdistil[tf])")
     teacher_model_dir: str | None = _field(None, "fine-tuned teacher, reused or written; default: MODEL_DIR/teacher")
     teacher_batch_size: int = _field(32, "sentences of average length per step", ge=1)
     teacher_epochs: int | None = _field(None, "epochs of the teacher; default: ft_epochs", ge=1)
@@ -124,8 +124,6 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         for wrong, message in (
             (not self.do_NER, "do_NER: false, but this version only labels sequences; set do_NER: true"),
             (self.do_pairwise, "do_pairwise: text pairs are not in this version; set do_pairwise: false"),
-            (self.tf_model_check, "tf_model_check: TensorFlow checkpoints are not read in this version; give one "
-             "with model.safetensors and set tf_model_check: false"),
             (init == "scratch" and self.num_attention_heads not in fits, f"hidden_size: {self.hidden_size} is not "
              f"divisible by num_attention_heads {self.num_attention_heads}; choose num_attention_heads from {fits}"),
             (init == "checkpoint" and not checkpoint,
@@ -179,7 +177,7 @@ def absolute_path(name: str, value, base: Path):
     """A path parameter made absolute; other parameters, hub names, keywords and None stay as they are."""
     if name not in PATH_NAMES + CHECKPOINT_NAMES or not isinstance(value, str) or (name, value) == ("task", DEMO_TASK):
         return value
-    local = value and (name in PATH_NAMES or value.startswith((".", "~", "/")) or (base / value).is_dir())
+    local = value and (name in PATH_NAMES or value.startswith((".", "~", "/")) or (base / value).exists())
     return str((base / Path(value).expanduser()).resolve()) if local else value
 
 

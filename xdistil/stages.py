@@ -65,7 +65,7 @@ def _fit(params: Params, stage: Stage, accelerator, model, terms, feed, judge, e
 
 
 def _load_teacher(params: Params, run: Run, inputs: Inputs):
-    return models.load_classifier(teacher_dir(params, run), inputs.labels, "teacher_model_dir").eval()
+    return models.load_classifier(teacher_source(params, run)[0], inputs.labels, "teacher_model_dir").eval()
 
 
 def _load_student(run: Run, name: str, inputs: Inputs, device="cpu"):

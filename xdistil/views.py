@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from xdistil import data, models, stages, targets
-from xdistil.inputs import Inputs, teacher_dir
+from xdistil.inputs import Inputs, teacher_source
 from xdistil.params import Params, Table
 from xdistil.runs import Run, Stage
 
@@ -84,7 +84,7 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
     examples = data.encode(data.Sentences([words]), inputs.tokenizer, params.seq_len)
     batch = data.collate(examples, [0], inputs.pad_id)
     found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
-    for name, folder in (("teacher", teacher_dir(params, run)), ("student", run.stage(stage).dir)):
+    for name, folder in (("teacher", teacher_source(params, run)[0]), ("student", run.stage(stage).dir)):
         model = models.load_classifier(folder, inputs.labels, "model_dir").eval()
         model.set_attn_implementation("eager")
         with torch.inference_mode():
