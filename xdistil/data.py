@@ -21,7 +21,7 @@ from xdistil.losses import IGNORED
 REMEMBERED = weakref.WeakKeyDictionary()  # by tokenizer: pieces by word
 EXACT = weakref.WeakKeyDictionary()  # by tokenizer: whether they may be remembered
 PER_PROCESS = 250_000  # sentences: fewer are encoded before another process has started
-CACHED_WORDS = 1_000_000  # distinct words whose pieces are remembered: some 300 MB at the most
+CACHED_WORDS = 200_000  # distinct words whose pieces are remembered: some 60 MB at the most
 
 
 class DataError(ValueError):
