@@ -59,6 +59,8 @@ def test_shapes_follow_layers_pairs_and_heads(teacher, student, examples):
     assert len(found["attention_kl"][0]) == 4
     # the embeddings are the SVD of the teacher's: far more alike than chance
     assert found["cka"][0][0] > 0.3 and all(0 <= x <= 1 + 1e-6 for row in found["cka"] for x in row)
+    without = measure_alignment(teacher, student, {}, examples, 0, "cpu", hidden_pairs=[(2, 4)], n_windows=4)
+    assert without["cosine"] == [None]  # of widths 24 and 48
     none = measure_alignment(teacher, student, {}, examples, 0, "cpu", n_windows=4)
     assert none["cosine"] == [] and none["attention_kl"] == [] and len(none["cka"]) == 5
 

@@ -112,7 +112,7 @@ BAD_FLAGS = {
     "two-wrong": (["--hidden_size", "wide", "--seed", "x"], r"seed: found 'x'.*hidden_size: found 'wide'"),
     "range": (["--distil_lr", "0"], r"distil_lr: found '?0'?, but .*greater than 0"),
     "negative": (["--seed", "-1"], r"seed: found '?-1'?"),
-    "choice": (["--layer_map", "botom"], r"layer_map: found 'botom', but .*'uniform' or 'top'"),
+    "choice": (["--layer_map", "botom"], r"layer_map: found 'botom', but .*'uniform', 'top' or 'last'"),
     "heads": (["--num_attention_heads", "5"],
               r"hidden_size: 24 is not divisible by num_attention_heads 5; .*\[1, 2, 3, 4, 6, 8, 12, 24\]"),
     "not-ner": (["--no-do_NER"], r"do_NER: false.*set do_NER: true"),

@@ -11,8 +11,14 @@ from torch import nn
 from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    MPNetConfig,
     RobertaConfig,
 )
 
@@ -20,6 +26,7 @@ from xdistil.models import (
     PACKAGED,
     CheckpointError,
     from_config,
+    keep_qkv,
     load_classifier,
     load_config,
     load_tokenizer,
@@ -28,6 +35,7 @@ from xdistil.models import (
     set_dropout,
     size_of,
 )
+from xdistil.unfreeze import encoder_layers
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
          "vocab_size": 30, "max_position_embeddings": 20}
@@ -155,6 +163,55 @@ def test_dropout_on_maps_and_on_states_are_set_apart(config):
     assert any((m == 0).any() for m in maps)  # it acts on the maps themselves
     if config.model_type == "bert":  # what the config says is kept for those who load the model later
         assert model.config.hidden_dropout_prob == 0.1 == model.config.attention_probs_dropout_prob
+
+
+@pytest.mark.parametrize("config", [
+    BertConfig(**SMALL), ElectraConfig(**SMALL), RobertaConfig(**SMALL),
+    DistilBertConfig(vocab_size=30, dim=8, n_layers=2, n_heads=2, hidden_dim=12),
+    GPT2Config(vocab_size=30, n_embd=8, n_layer=2, n_head=2, n_positions=20)], ids=lambda c: c.model_type)
+def test_queries_and_keys_give_the_attention_maps_of_their_layer(config, batch):
+    model = from_config(config).eval()
+    model.set_attn_implementation("eager")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad(), keep_qkv(model, (1, 2)) as found:
+        _, _, maps = run_model(model, batch, False, True)
+    hidden = (batch["attention_mask"] == 0)[:, None, None]
+    if config.model_type == "gpt2":
+        hidden = hidden | torch.ones(4, 4, dtype=torch.bool).triu(1)
+    for layer in (1, 2):
+        query, key, value = (x.unflatten(-1, (2, 4)).transpose(1, 2) for x in found[layer].unbind(2))
+        scores = (query @ key.mT / 2).masked_fill(hidden, -torch.inf)
+        torch.testing.assert_close(scores.softmax(-1), maps[layer - 1])
+        assert not torch.allclose(value, query) and not torch.allclose(value, key)
+    assert not any(module._forward_hooks for module in model.modules() if not list(module.children()))
+
+
+@pytest.mark.parametrize("config, projected", [
+    (MPNetConfig(**SMALL), lambda layer, x: [layer.attention.attn.q(x), layer.attention.attn.k(x),
+                                             layer.attention.attn.v(x)]),
+    (DebertaV2Config(**SMALL, relative_attention=True, share_att_key=True, pos_att_type=["p2c", "c2p"]),
+     lambda layer, x: [getattr(layer.attention.self, f"{name}_proj")(x) for name in ("query", "key", "value")]),
+    (ModernBertConfig(**SMALL, pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3),
+     lambda layer, x: layer.attn.Wqkv(layer.attn_norm(x)).chunk(3, -1))], ids=lambda c: getattr(c, "model_type", ""))
+def test_queries_keys_and_values_are_those_of_what_enters_the_layer(config, projected, batch):
+    model, entered = from_config(config).eval(), []
+    layer = encoder_layers(model)[1]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: entered.append(args[0] if args else kwargs[
+        "hidden_states"]), with_kwargs=True)
+    with torch.no_grad(), keep_qkv(model, (2,)) as found:
+        run_model(model, batch)
+    assert list(found) == [2] and found[2].shape == (2, 4, 3, 8)
+    torch.testing.assert_close(found[2], torch.stack(list(projected(layer, entered[0])), 2))
+
+
+@pytest.mark.parametrize("config", [DebertaConfig(**SMALL), LlamaConfig(**SMALL, num_key_value_heads=1)],
+                         ids=["one matrix, head by head", "narrower keys"])
+def test_projections_that_are_not_found_are_an_error_with_a_remedy(config):
+    model = from_config(config)
+    with pytest.raises(CheckpointError, match="^attention_loss: .* no query, key and value.*set attention_loss: kl"):
+        with keep_qkv(model, (1,)):
+            pass
 
 
 def test_parameters_are_counted():

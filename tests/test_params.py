@@ -16,7 +16,8 @@ LIMITS = [
     ("teacher_batch_size", 0, 1), ("teacher_epochs", 0, 1), ("teacher_lr", 0, 1e-9), ("teacher_lr", 1.001, 1),
     ("hidden_size", 7, 8), ("num_hidden_layers", 0, 1), ("num_attention_heads", 0, 1),
     ("intermediate_size", 7, 8), ("dropout", -0.1, 0), ("dropout", 1, 0.99), ("hidden_weight", -0.1, 0),
-    ("attention_weight", -0.1, 0), ("temperature", 0, 0.01), ("student_distil_batch_size", 0, 1),
+    ("attention_weight", -0.1, 0), ("relation_heads", 0, 1), ("hard_label_weight", -0.1, 0),
+    ("temperature", 0, 0.01), ("student_distil_batch_size", 0, 1),
     ("student_ft_batch_size", 0, 1), ("distil_chunk_size", 0, 1), ("holdout_ratio", 0, 0.001),
     ("holdout_ratio", 0.9, 0.89), ("distil_epochs", 0, 1), ("ft_epochs", 0, 1), ("patience", 0, 1),
     ("distil_lr", 0, 1e-9), ("distil_lr", 1.001, 1), ("logit_lr", 0, 1e-9), ("logit_lr", 1.001, 1),
@@ -41,7 +42,9 @@ def test_every_params_file_loads_with_the_values_it_gives(root):
 
 @pytest.mark.parametrize("name, text, value", [
     ("teacher_lr", "3e-5", 3e-5), ("do_NER", "true", True), ("distil_attention", "true", True),
-    ("distil_attention", "false", False), ("seq_len", "128", 128), ("hidden_weight", 2, 2.0)])
+    ("distil_attention", "false", False), ("seq_len", "128", 128), ("hidden_weight", 2, 2.0),
+    ("layer_map", "[[1, 2], [3,6]]", [[1, 2], [3, 6]]), ("layer_map", "last", "last"),
+    ("layer_map", [(0, 1)], [[0, 1]]), ("layer_weights", "[1, 0.5]", [1.0, 0.5])])
 def test_what_yaml_and_papermill_hand_over_as_text_is_read_as_meant(name, text, value):
     found = getattr(load_params({name: text}), name)
     assert found == value and type(found) is type(value)
@@ -64,7 +67,9 @@ def test_an_unknown_name_suggests_the_nearest(name, hint):
 @pytest.mark.parametrize("name, value, allowed", [
     ("seq_len", "long", "valid integer"), ("seq_len", 8.5, "valid integer"), ("teacher_lr", "fast", "valid number"),
     ("do_NER", "perhaps", "valid boolean"), ("task", 5, "valid string"), ("model_dir", None, "valid string"),
-    ("device", "gpu", "'auto', 'cpu', 'cuda'"), ("layer_map", "bottom", "'uniform' or 'top'"),
+    ("device", "gpu", "'auto', 'cpu', 'cuda'"), ("layer_map", "bottom", "'uniform', 'top' or 'last'.* list"),
+    ("layer_map", [[1, 2], [3]], "'last'.*found \\[3\\], but list should have at least 2"),
+    ("layer_map", "[[1, 2", "Expecting"), ("layer_weights", 2, "valid list"),
     ("unfreeze", ["layer"], "'module', 'layer' or 'none'"), ("hidden_weight", float("nan"), "greater than")])
 def test_a_wrong_type_names_parameter_value_and_what_is_allowed(name, value, allowed):
     with pytest.raises(ParamsError, match=f"^{name}: found {re.escape(repr(value))}, but .*{allowed}"):
@@ -73,7 +78,7 @@ def test_a_wrong_type_names_parameter_value_and_what_is_allowed(name, value, all
 
 @pytest.mark.parametrize("name, outside, inside", LIMITS)
 def test_each_limit_holds_and_is_named(name, outside, inside):
-    base = {"student_init": "teacher_layers"}  # sizes are then the teacher's, so that no combination interferes
+    base = {"student_init": "teacher_layers", "distil_attention": True}  # so that no combination interferes
     assert getattr(load_params(base, {name: inside}), name) == inside
     with pytest.raises(ParamsError, match=f"^{name}: found {outside}, but .*(greater|less) than .*[0-9]") as error:
         load_params(base, {name: outside})
@@ -96,6 +101,8 @@ def test_the_limits_above_are_all_there_are():
     ({"student_init": "teacher_layers", "compress_word_embedding": True}, "compress_word_embedding",
      "set compress_word_embedding: false"),
     ({"freeze_word_embedding": True}, "freeze_word_embedding", "set compress_word_embedding: true"),
+    ({"hidden_weight": 0}, "hidden_weight", "set hidden_weight: 1, or distil_attention: true"),
+    ({"hidden_weight": 0, "distil_attention": True, "attention_weight": 0}, "hidden_weight", "attention_weight: 1"),
     ({"opt_policy": "mixed_float16", "device": "cpu"}, "opt_policy", "set opt_policy: mixed_bfloat16 or float32")])
 def test_impossible_combinations_name_parameter_and_remedy(values, parameter, remedy):
     with pytest.raises(ParamsError, match=f"^{parameter}: .*{remedy}"):
@@ -104,6 +111,7 @@ def test_impossible_combinations_name_parameter_and_remedy(values, parameter, re
 
 def test_combinations_next_to_the_impossible_ones_are_fine():
     load_params({"student_init": "teacher_layers", "freeze_word_embedding": True})
+    load_params({"hidden_weight": 0, "distil_attention": True})
     load_params({"compress_word_embedding": True, "freeze_word_embedding": True})
     load_params({"opt_policy": "mixed_float16", "device": "cuda"})
     assert load_params({"pt_student_checkpoint": "x/y", "hidden_size": 20}).initialisation == "checkpoint"
@@ -179,7 +187,7 @@ def test_the_table_shows_value_and_limits_and_marks_what_was_changed():
     assert rows["seed"]["value"] == "7 *" and rows["seq_len"]["value"] == "64"
     assert rows["dropout"]["allowed"] == "number >= 0 < 1" and rows["teacher_lr"]["allowed"] == "number > 0 <= 1"
     assert rows["train_limit"]["allowed"] == "integer >= 1 or null"
-    assert rows["layer_map"]["allowed"] == "uniform / top"
+    assert rows["layer_map"]["allowed"] == "uniform / top / last or array"
     page = load_params({"seed": 7})._repr_html_()
     assert re.search("<td[^>]*>seed</td><td[^>]*>7 \\*</td>", page)
 

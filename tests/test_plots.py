@@ -113,6 +113,9 @@ def test_pairs_are_named_in_cosine_and_attention_kl():
     assert texts(fig.axes[0].get_yticklabels()) == ["S1 ← T2", "S2 ← T4", "S3 ← T6"]
     assert fig.axes[1].get_ylabel() == "KL divergence (nats)"
     assert fig.axes[0].images[0].get_clim() == pytest.approx((0, 0.6))
+    fig = drawn(plots.plot_cosine([None, 0.1], [None, 0.4], PAIRS[:2]))  # None: not comparable
+    assert texts(fig.axes[0].texts) == ["", "0.10", "", "0.40"]
+    assert "no attention maps" in drawn(plots.plot_attention_kl([], [], "KL")).get_suptitle()
 
 
 def test_languages_are_sorted_and_those_without_a_score_left_out_of_the_mean():

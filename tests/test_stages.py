@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from seqeval.metrics.v1 import precision_recall_fscore_support
 from seqeval.scheme import IOB2
 
-from xdistil import stages
-from xdistil.inputs import Inputs
+from xdistil import data, losses, models, stages, training
+from xdistil.inputs import Inputs, depends
 from xdistil.models import CheckpointError
 from xdistil.params import load_params
 from xdistil.runs import STAGES, Run
+from xdistil.training import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "data" / "toy"
@@ -387,6 +388,84 @@ def test_the_cache_of_teacher_outputs_changes_no_result(copied, smoke, cache, re
 
 def test_hidden_states_and_attention_are_dropped_after_stage_1(smoke):
     assert {p.name.split("-")[0] for p in (smoke / "targets").rglob("*.bin")} == {"logits"}
+
+
+@pytest.mark.parametrize("values, terms", [
+    ({"hidden_loss": "cka", "attention_loss": "relation", "layer_map": [[2, 3], [1, 2]], "layer_weights": [2, 1]},
+     ["hidden_1", "hidden_2", "attention_1", "attention_2"]),
+    ({"hidden_weight": 0, "attention_loss": "relation", "layer_map": "last"}, ["attention_2"])])
+def test_a_student_of_other_heads_learns_without_projections(copied, values, terms):
+    folder = copied("teacher")
+    params = smoke_params(folder, num_attention_heads=3, distil_lr=5e-3, **values)
+    run = run_stages(params, "student-init", "hidden")
+    stage = run.stage("hidden")
+    train, scores = ([r for r in stage.history if r["kind"] == kind] for kind in ("train", "eval"))
+    assert [name for name in train[0] if name.startswith(("hidden", "attention"))] == terms
+    assert all(train[-1][name] < train[0][name] for name in terms)
+    assert stage.metrics["score"] < scores[0]["score"] and "least squares" in stage.metrics["head"]
+    assert load_file(folder / "hidden/projections.safetensors") == {}
+    after = stage.metrics["alignment_after"]
+    assert after["attention_kl"] == [] and set(after["cosine"]) <= {None}
+    if len(terms) > 1:
+        first = scores[0]
+        assert first["score"] == pytest.approx(sum(
+            first[f"held_out_{name}"] * (2 if name.endswith("1") else 1) for name in terms))
+    assert {p.name.split("-")[0] for p in (folder / "targets").rglob("*.bin")} == {"logits"}
+
+
+def test_the_head_fitted_by_least_squares_starts_closer_than_a_fresh_one(copied):
+    folder = copied("student-init")
+    run = run_stages(smoke_params(folder, hidden_loss="cka"), "hidden", "hidden")
+    inputs = Inputs(run.params, run)
+    batch = data.collate(inputs.read("dev")[1], range(16), 0)
+    with torch.inference_mode():
+        goal, *found = (models.run_model(models.load_classifier(folder / name, inputs.labels, "x").eval(), batch)[0]
+                        for name in ("teacher", "student-init", "hidden"))
+    fresh, folded = (float(losses.logit_mse(x, goal, batch["attention_mask"])) for x in found)
+    spread = goal[batch["attention_mask"] > 0].var(0, correction=0).mean()
+    assert folded < 0.5 * fresh and folded < spread
+
+
+def test_labels_beside_the_logits_whether_frozen_layers_are_kept_or_the_stage_is_interrupted(copied, monkeypatch):
+    folders, saved = {name: copied("hidden", name) for name in ("kept", "redone", "broken")}, save_checkpoint
+
+    def save(path, at, *others):
+        saved(path, at, *others)
+        if (at.step, at.epoch, at.chunk) == (0, 1, 1):
+            raise KeyboardInterrupt
+
+    for name, folder in folders.items():
+        cache = {"targets_cache_gb": 0 if name == "redone" else 4}
+        params = smoke_params(folder, hard_label_weight=0.5, unfreeze="module", **cache)
+        if name == "broken":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(training, "save_checkpoint", save)
+                stages.distil_logits(params, Run(params))
+        stages.distil_logits(params, Run(params))
+    kept, redone = (weights(folders[name] / "logits") for name in ("kept", "redone"))
+    assert all(torch.allclose(weight, redone[name], atol=2e-3) for name, weight in kept.items())
+    for file in ("model.safetensors", "history.jsonl"):
+        assert (folders["broken"] / "logits" / file).read_bytes() == (folders["kept"] / "logits" / file).read_bytes()
+    stage = Run(params).stage("logits")
+    train, held = ([r for r in stage.history if r["kind"] == kind] for kind in ("train", "eval"))
+    assert all(r["loss"] == pytest.approx(r["logits"] + 0.5 * r["labels"], rel=1e-4) for r in train)
+    assert held[0]["score"] == pytest.approx(held[0]["held_out_logits"] + 0.5 * held[0]["held_out_labels"])
+    assert train[-1]["labels"] < train[0]["labels"] and stage.metrics["score"] < held[0]["score"]
+    without = smoke_params(folder, hard_label_weight=0)
+    assert set(depends(params, Run(params), "logits")) - set(depends(without, Run(without), "logits")) == {
+        "train file", "train_limit", "student_ft_batch_size"}
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"layer_map": [[1, 2], [3, 4]]}, r"^layer_map: found .*student layers are 0..2, .* teacher layers 0..4"),
+    ({"layer_weights": [1.0]}, "^layer_weights: found 1, but the layer map has 3 pairs"),
+    ({"num_attention_heads": 3}, "^distil_attention: .*set attention_loss: relation"),
+    ({"attention_loss": "relation", "relation_heads": 5}, r"^relation_heads: 5 must divide both widths, 48 \(t")])
+def test_what_cannot_work_is_told_before_anything_is_written(tmp_path, values, message):
+    params = smoke_params(tmp_path / "run", **values)
+    with pytest.raises(ValueError, match=message):
+        stages.check(params, Run(params))
+    assert not (tmp_path / "run").exists()
 
 
 STAGE_1 = """

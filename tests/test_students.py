@@ -1,5 +1,6 @@
 """How a student is made: layer pairs, shapes that fit, weights and where they come from, the folded head."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import random_teacher
@@ -8,17 +9,20 @@ from transformers import BertConfig, RobertaConfig
 
 from xdistil import embeddings, models
 from xdistil.data import collate
+from xdistil.devices import open_accelerator
 from xdistil.models import CheckpointError, load_classifier, load_tokenizer, run_model, save_model
 from xdistil.students import (
     build_student,
     check_shapes,
     distil_terms,
+    fit_projection,
     fold_head,
     head_of,
     make_projections,
     spread,
     student_config,
 )
+from xdistil.targets import TargetSpec, TargetStore
 from xdistil.unfreeze import encoder_layers, word_embedding
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": None}
@@ -52,7 +56,8 @@ def save_pretrained_student(folder, words, labels, width):
     (3, 6, "top", [(0, 3), (1, 4), (2, 5), (3, 6)]), (3, 6, "uniform", [(0, 0), (1, 2), (2, 4), (3, 6)]),
     (2, 4, "top", [(0, 2), (1, 3), (2, 4)]), (4, 6, "uniform", [(0, 0), (1, 2), (2, 3), (3, 4), (4, 6)]),
     (1, 12, "uniform", [(0, 0), (1, 12)]), (2, 2, "top", [(0, 0), (1, 1), (2, 2)]),
-    (2, 2, "uniform", [(0, 0), (1, 1), (2, 2)])])
+    (2, 2, "uniform", [(0, 0), (1, 1), (2, 2)]), (3, 6, "last", [(3, 6)]),
+    (3, 6, [[3, 5], [1, 2], [0, 2]], [(0, 2), (1, 2), (3, 5)])])
 def test_layers_are_paired(n_student, n_teacher, layer_map, pairs):
     assert spread(n_student, n_teacher, layer_map) == pairs
 
@@ -62,6 +67,13 @@ def test_uniform_pairs_never_meet_twice():
         for n_student in range(1, n_teacher + 1):
             teachers = [t for _, t in spread(n_student, n_teacher, "uniform")]
             assert teachers == sorted(set(teachers)) and teachers[0] == 0 and teachers[-1] == n_teacher
+
+
+@pytest.mark.parametrize("layer_map", [[[1, 2], [4, 6]], [[1, 7]], [[1, 2], [1, 3]]])
+def test_a_map_of_layers_that_are_not_there_names_those_that_are(layer_map):
+    with pytest.raises(CheckpointError, match=r"^layer_map: found \[\[1, .*student layers are 0..3, each at most "
+                                              r"once, teacher layers 0..6"):
+        spread(3, 6, layer_map)
 
 
 def config(**changes):
@@ -75,7 +87,7 @@ TEACHER = config(hidden_size=48, num_hidden_layers=4)
 @pytest.mark.parametrize("teacher, student, parameter, remedy", [
     (TEACHER, config(num_hidden_layers=5), "num_hidden_layers", "choose at most 4"),
     (TEACHER, config(num_attention_heads=2), "distil_attention",
-     "set num_attention_heads: 4 .*or distil_attention: false"),
+     "set attention_loss: relation, or num_attention_heads: 4 .*or distil_attention: false"),
     (TEACHER, config(hidden_size=52), "hidden_size", "choose at most 48"),
     (config(hidden_size=48, num_hidden_layers=4, max_position_embeddings=31), config(), "seq_len",
      "teacher has 31 positions.*; choose at most 31"),
@@ -92,6 +104,15 @@ def test_shapes_that_can_work_pass():
     check_shapes(TEACHER, config(hidden_size=52), seq_len=64, init="checkpoint", compress=True,
                  distil_attention=True)  # mapped, not compressed
     check_shapes(TEACHER, TEACHER, seq_len=64, init="teacher_layers", compress=False, distil_attention=True)
+
+
+def test_relations_need_heads_that_divide_both_widths_and_no_others():
+    shapes = {"seq_len": 64, "init": "scratch", "compress": True, "distil_attention": False}
+    for n_heads in (1, 2, 3, 4, 6, 8, 12, 24, None):
+        check_shapes(TEACHER, config(num_attention_heads=3), **shapes, relation_heads=n_heads)
+    with pytest.raises(CheckpointError, match=r"^relation_heads: 16 must divide both widths, 48 \(teacher\) and 24 "
+                                              r"\(student\); choose from \[1, 2, 3, 4, 6, 8, 12, 24\]"):
+        check_shapes(TEACHER, config(), **shapes, relation_heads=16)
 
 
 def test_the_positions_that_roberta_reserves_are_not_counted():
@@ -183,6 +204,22 @@ def test_the_folded_head_is_the_teachers_classifier_on_projected_states(build, t
         torch.testing.assert_close(logits, head_of(teacher)(state), rtol=1e-4, atol=1e-5)
 
 
+def test_the_fitted_projection_is_the_least_squares_one(build, teacher, examples, accelerator):
+    student, windows = build()[0].eval(), np.arange(len(examples))
+    found = fit_projection(student, teacher, examples, windows, 0, accelerator)
+    batch = collate(examples, windows, 0)
+    with torch.inference_mode():
+        x, y = (run_model(m, batch, True)[1][-1][batch["attention_mask"] > 0].double() for m in (student, teacher))
+        ones = torch.cat([x, torch.ones(len(x), 1)], 1)
+        best = torch.linalg.lstsq(ones, y).solution  # on these windows nothing is better
+        errors = [(y - z).square().mean().item() for z in (ones @ best, found(x.float()), y.mean(0))]
+        assert errors[0] <= errors[1] < 1.001 * errors[0] and errors[1] < 0.9 * errors[2]
+        itself = fit_projection(teacher, teacher, examples, windows, 0, accelerator)
+        torch.testing.assert_close(itself(y.float()), y.float(), rtol=0, atol=0.02)
+    few = fit_projection(student, teacher, examples, windows, 0, accelerator, n_windows=1)  # fewer tokens than widths
+    assert few.weight.isfinite().all() and few.weight.abs().max() < 100
+
+
 def test_a_head_that_is_not_one_linear_map_is_an_error(build):
     student, _ = build()
     student.classifier = nn.Sequential(nn.Linear(24, 7))
@@ -217,3 +254,32 @@ def test_terms_are_named_by_student_layer_and_vanish_for_the_teacher_itself(buil
         same = distil_terms([(t, t) for _, t in hidden], [(t, t) for _, t in maps], *kinds)(itself, batch | goal)
         assert [n.replace(n[-1], str(t)) for n, (_, t) in zip(names, hidden + maps, strict=True)] == list(same)
         assert all(float(x) == pytest.approx(0, abs=1e-6) for x in same.values())
+
+
+@pytest.mark.parametrize("kinds, n_heads, hidden", [
+    (("cka", "relation"), None, [(2, 4)]), (("mse", "relation"), 4, [])])
+def test_relations_and_cka_are_learnt_whatever_the_heads_and_widths(build, teacher, batch, kinds, n_heads, hidden):
+    student, maps = build(num_attention_heads=3)[0], [(1, 2), (2, 4)]
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if "attention.self" in name and "weight" in name:
+                parameter.mul_(6)  # else all of its relations are near uniform
+    store = TargetSpec(tuple(t for _, t in hidden), qkv=(2, 4))
+    ask = TargetStore(lambda: teacher, teacher.config, store, None, 0, open_accelerator("cpu", "float32", quiet=True),
+                      folder="none", mode="none").ask
+    batch = batch | {f"teacher_{kind}": x.clone() for kind, x in ask(batch).items()}
+    modules = nn.ModuleDict({"student": student.eval(), "projections": nn.ModuleDict()})
+    terms, optimizer = distil_terms(hidden, maps, *kinds, n_heads), torch.optim.Adam(student.parameters(), 3e-3)
+    seen = []
+    for _ in range(60):
+        seen.append(terms(modules, batch))
+        optimizer.zero_grad()
+        sum(seen[-1].values()).backward()
+        optimizer.step()
+    assert list(seen[0]) == [*(f"hidden_{s}" for s, _ in hidden), "attention_1", "attention_2"]
+    for name in seen[0]:
+        assert 1e-2 < seen[0][name] and seen[-1][name] < 0.5 * seen[0][name], name
+    # the teacher as its own student
+    itself = nn.ModuleDict({"student": teacher, "projections": nn.ModuleDict()})
+    same = distil_terms([(t, t) for _, t in hidden], [(t, t) for _, t in maps], *kinds, n_heads)(itself, batch)
+    assert all(x.item() < 1e-3 for x in same.values()) and len(same) == len(seen[0])

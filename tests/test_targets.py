@@ -7,7 +7,7 @@ import torch
 from xdistil import losses, targets
 from xdistil.data import collate
 from xdistil.grouping import batches, grid
-from xdistil.models import from_config, run_model
+from xdistil.models import from_config, keep_qkv, run_model
 from xdistil.targets import DTYPES, Targets, TargetSpec, TargetStore
 
 SPEC = TargetSpec(hidden=(0, 4), attention=(3, 4))
@@ -119,7 +119,7 @@ def test_padding_is_finite(open_store):
     for _ in range(2):
         for batch in store.batches("a", WINDOWS, 10, 1):
             assert (batch["attention_mask"] == 0).any()
-            assert all(batch[f"teacher_{kind}"].isfinite().all() for kind in DTYPES)
+            assert all(batch[f"teacher_{kind}"].isfinite().all() for kind in ("hidden", "attention", "logits"))
 
 
 @pytest.mark.parametrize("spec", [SPEC, TargetSpec(), TargetSpec(hidden=(4,)), TargetSpec(attention=(1,))])
@@ -259,3 +259,25 @@ def test_values_keep_the_range_of_float32():
                               "logits": torch.tensor([[[1e6], [-1e6], [9.0]]])})
     assert arrays["hidden"].float().tolist() == [[[999424, -999424]], [[1.5, -0.25]]]
     assert found.padded(np.array([0]), 2, 1)["logits"].tolist() == [[[1e6], [-1e6]]]
+
+
+@pytest.mark.parametrize("mode", ["disk", "memory", "none"])
+def test_queries_keys_and_values_are_kept_as_they_were_computed(open_store, teacher, examples, tmp_path, mode):
+    spec = TargetSpec(qkv=(2, 4))
+    store, lengths = open_store(spec, mode=mode), examples.lengths[WINDOWS].astype(int)
+    first, again = by_window(store, seed=5), by_window(store, seed=1)
+    assert_same(first, again, **(HALF if mode == "none" else {"rtol": 0, "atol": 0}))
+    if mode == "disk":
+        assert files(tmp_path / "targets") == ["logits-a.bin", "qkv-a.bin"] and store.asked == len(WINDOWS)
+        assert_same(first, by_window(open_store(spec)), rtol=0, atol=0)
+        size = (tmp_path / "targets/qkv-a.bin").stat().st_size
+        assert size == lengths.sum() * 2 * 3 * 48 * 2
+        assert spec.n_bytes(lengths, store.config) == size + lengths.sum() * 4 * 7
+        store.drop("qkv")
+        assert files(tmp_path / "targets") == ["logits-a.bin"]
+    for window in WINDOWS[:3]:
+        batch = collate(examples, [window], 0)
+        with torch.inference_mode(), keep_qkv(teacher, (2, 4)) as qkv:
+            run_model(teacher, batch)
+        kept = first[tuple(batch["input_ids"][0].tolist())]["qkv"]
+        torch.testing.assert_close(kept.float(), torch.stack([qkv[2][0], qkv[4][0]], 1), **HALF)

@@ -202,18 +202,18 @@ def two_kinds(model, batch):
     return {"hidden_1": loss, "hidden_2": loss**2, "attention_1": model.words.weight.square().mean()}
 
 
-def test_weights_by_prefix_weigh_the_loss_and_history_keeps_terms_unweighted(tmp_path):
-    _, _, history = train(tmp_path / "a", terms=two_kinds, weights={"hidden": 2.0, "attention": 0.5}, steps=ALL)
+def test_weights_by_name_weigh_the_loss_and_history_keeps_terms_unweighted(tmp_path):
+    _, _, history = train(tmp_path / "a", terms=two_kinds, weights={"hidden_1": 2.0, "attention_1": 0.5}, steps=ALL)
     records = [r for r in history if r["kind"] == "train"]
     assert len(records) == EPOCHS * CHUNKS
     for r in records:
-        assert r["loss"] == pytest.approx(2 * (r["hidden_1"] + r["hidden_2"]) + 0.5 * r["attention_1"])
+        assert r["loss"] == pytest.approx(2 * r["hidden_1"] + r["hidden_2"] + 0.5 * r["attention_1"])
         assert r["attention_1"] > 0.1 and r["hidden_1"] > 0.1
 
     def hidden_only(model, batch):
         return {k: v for k, v in two_kinds(model, batch).items() if k != "attention_1"}
 
-    ignored, _, _ = train(tmp_path / "b", terms=two_kinds, weights={"attention": 0.0}, steps=ALL)
+    ignored, _, _ = train(tmp_path / "b", terms=two_kinds, weights={"attention_1": 0.0}, steps=ALL)
     absent, _, _ = train(tmp_path / "c", terms=hidden_only, steps=ALL)
     counted, _, _ = train(tmp_path / "d", terms=two_kinds, steps=ALL)  # no weights: 1 for each
     assert same(weights_of(ignored), weights_of(absent)) and not same(weights_of(counted), weights_of(absent))

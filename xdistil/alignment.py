@@ -9,9 +9,8 @@ from xdistil import data, losses, models
 def linear_cka(rows: torch.Tensor, columns: torch.Tensor) -> list[list[float]]:
     """Linear centred kernel alignment (Kornblith et al. 2019), 0..1, of each of `rows` [L_1, n, H_1] with each of
     `columns` [L_2, n, H_2]; 0 where all n are the same."""
-    def unit(states):  # centred and scaled so that their CKA with themselves is 1
-        states = states.double() - states.double().mean(0)
-        return states / torch.linalg.norm(states.T @ states).clamp(min=1e-30).sqrt()
+    def unit(states):
+        return losses.unit_states(states.double(), states.new_ones(len(states), 1))
 
     columns = list(map(unit, columns))
     return [[float(torch.linalg.norm(y.T @ x) ** 2) for y in columns] for x in map(unit, rows)]
@@ -21,9 +20,9 @@ def linear_cka(rows: torch.Tensor, columns: torch.Tensor) -> list[list[float]]:
 def measure_alignment(teacher, student, projections, examples: data.Examples, pad_id: int, device, *,
                       hidden_pairs=(), attention_pairs=(), n_windows: int = 128) -> dict:
     """Alignment on a fixed sample of evenly spread windows: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after
-    projection; `attention_kl` [pair][head] in nats; and the pairs. Args: hidden_pairs: (student, teacher) hidden-state
-    indices 0..L; attention_pairs: (student, teacher) layers 1..L of equal head counts, eager attention; projections:
-    see `students.make_projections`."""
+    projection, None where widths differ; `attention_kl` [pair][head] in nats; and the pairs. Args: hidden_pairs:
+    (student, teacher) hidden-state indices 0..L; attention_pairs: (student, teacher) layers 1..L of equal head counts,
+    eager attention; projections: see `students.make_projections`."""
     teacher.eval(), student.eval()
     some = np.linspace(0, len(examples) - 1, min(n_windows, len(examples))).astype(int)
     kept_t, kept_s, divergence, weights = [], [], [], []
@@ -39,7 +38,7 @@ def measure_alignment(teacher, student, projections, examples: data.Examples, pa
         weights.append(int(mask.sum()))
     all_t, all_s = torch.cat(kept_t, dim=1), torch.cat(kept_s, dim=1)
     projected = [projections[str(s)](all_s[s]) if str(s) in projections else all_s[s] for s, _ in hidden_pairs]
-    cosine = [float(torch.cosine_similarity(state, all_t[t], dim=-1).mean())
+    cosine = [float(torch.cosine_similarity(state, all_t[t], dim=-1).mean()) if state.shape == all_t[t].shape else None
               for state, (_, t) in zip(projected, hidden_pairs, strict=True)]
     kl = np.average(divergence, axis=0, weights=weights).tolist()
     return {"cka": linear_cka(all_t, all_s), "cosine": cosine, "attention_kl": kl, "hidden_pairs": hidden_pairs,

@@ -1,16 +1,37 @@
 """What distillation trains on and is judged by: batches of the transfer set with what the teacher says of them."""
 
+import itertools
 
 import numpy as np
 import torch
 
-from xdistil import data, models
+from xdistil import data, models, students
 from xdistil.frozen import FrozenStates
 from xdistil.inputs import Inputs, depends, teacher_dir
-from xdistil.params import Params, fingerprint
+from xdistil.params import Params, ParamsError, fingerprint
 from xdistil.runs import Run
 from xdistil.targets import TargetSpec, TargetStore
 from xdistil.training import Feed, to_device
+
+
+def layer_pairs(params: Params, teacher_config, student_config):
+    """Pairs (student, teacher) of hidden states 0..L and of attention layers 1..L that are distilled, weights of their
+    loss terms by name, and the teacher outputs that these need. Raises ParamsError, or CheckpointError for the map."""
+    pairs = students.spread(student_config.num_hidden_layers, teacher_config.num_hidden_layers, params.layer_map)
+    factors = params.layer_weights or [1.0] * len(pairs)
+    hidden = (pairs if params.distil_multi_hidden_states else pairs[-1:]) if params.hidden_weight else []
+    attention = [pair for pair in pairs if min(pair) > 0] if params.distil_attention else []
+    if len(factors) != len(pairs):
+        raise ParamsError(f"layer_weights: found {len(factors)}, but the layer map has {len(pairs)} pairs (student, "
+                          f"teacher), {pairs}; give a weight for each")
+    if params.distil_attention and not attention:
+        raise ParamsError(f"layer_map: {pairs} pairs no layers above the embeddings, so no attention can be "
+                          "distilled; add such a pair, or set distil_attention: false")
+    weights = {f"{kind}_{s}": weight * factor for (s, _), factor in zip(pairs, factors, strict=True)
+               for kind, weight in (("hidden", params.hidden_weight), ("attention", params.attention_weight))}
+    kind = "qkv" if params.attention_loss == "relation" else "attention"
+    spec = TargetSpec(tuple(t for _, t in hidden), **{kind: tuple(t for _, t in attention)})
+    return hidden, attention, weights, spec
 
 
 def transfer(params: Params, run: Run, inputs: Inputs, load_teacher, spec: TargetSpec, accelerator):
@@ -46,6 +67,25 @@ def from_frozen(params: Params, student, examples, pad_id: int, accelerator):
     return through
 
 
+def labelled_feed(params: Params, student, inputs: Inputs, accelerator, name: str = "train") -> Feed:
+    """Train or dev in batches for stage 3, with what the student's frozen layers say."""
+    examples, feed = inputs.read(name)[1], inputs.labelled(params.student_ft_batch_size, accelerator, name)
+    through = from_frozen(params, student, examples, inputs.pad_id, accelerator)
+    return Feed(through(np.arange(len(examples)), feed.batches), feed.n_windows)
+
+
+def with_labelled(batches, labelled: Feed):
+    """`batches`, each with one of `labelled` beside it under names that start with "labelled_". Which one follows from
+    pass and chunk alone, so that a resumed stage sees the same."""
+    def joined(pass_number: int = 0, chunk: int = 0):
+        passes = itertools.count(pass_number * 1009 + chunk, 1000003)
+        others = itertools.chain.from_iterable(labelled.batches(number, 0) for number in passes)
+        for batch, other in zip(batches(pass_number, chunk), others, strict=False):
+            yield batch | {f"labelled_{name}": values for name, values in other.items()}
+
+    return joined
+
+
 def held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
     """An `evaluate` for `fit`: the weighted sum of the loss terms over the held-out windows."""
 
@@ -59,7 +99,7 @@ def held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
             n += size
             for name, value in found.items():
                 means[name] = means.get(name, 0.0) + (float(value) - means.get(name, 0.0)) * size / n
-        total = sum(weights.get(name.split("_")[0], 1.0) * mean for name, mean in means.items())
+        total = sum(weights.get(name, 1.0) * mean for name, mean in means.items())
         return {"metric": "held-out loss", "score": total, **{f"held_out_{name}": x for name, x in means.items()}}
 
     return judge

@@ -18,8 +18,9 @@ USES = {  # the parameters that each stage's result follows from
     "student-init": ("seed", "student_init", "pt_student_checkpoint", "hidden_size", "num_hidden_layers",
                      "num_attention_heads", "intermediate_size", "compress_word_embedding"),
     "hidden": (*RECIPE, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
-               "hidden_loss", "attention_loss", "hidden_weight", "attention_weight", "distil_lr"),
-    "logits": (*RECIPE, *TRANSFER, *STUDENT, "logit_loss", "temperature", "unfreeze", "logit_lr"),
+               "layer_weights", "hidden_loss", "attention_loss", "relation_heads", "hidden_weight", "attention_weight",
+               "distil_lr"),
+    "logits": (*RECIPE, *TRANSFER, *STUDENT, "logit_loss", "temperature", "hard_label_weight", "unfreeze", "logit_lr"),
     "labels": (*RECIPE, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
     "student": ("onnx",)}
 FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "logits": ("transfer", "dev"),
@@ -88,6 +89,8 @@ def depends(params: Params, run: Run, name: str) -> dict:
     elif name == "teacher":
         values |= {"teacher_epochs": params.teacher_epochs or params.ft_epochs,
                    "teacher_model_dir": params.teacher_model_dir}  # where it is written
+    elif name == "logits" and params.hard_label_weight:
+        values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
     values |= {f"{file} file": _hash(task_file(params, run, file)) for file in files}
     before = list(STAGES)[: list(STAGES).index(name)]
     return values | ({f"stage {before[-1]}": run.stage(before[-1]).fingerprint} if before else {})
@@ -138,9 +141,9 @@ class Inputs:
         scores, _ = self.score(model, "dev", accelerator)
         return {"metric": "dev macro F1", "score": scores["macro"], "micro": scores["micro"]}
 
-    def labelled(self, batch_size: int, accelerator) -> Feed:
-        """The training set as a feed for `fit`."""
-        _, examples = self.read("train")
+    def labelled(self, batch_size: int, accelerator, name: str = "train") -> Feed:
+        """The training set, or dev, as a feed for `fit`."""
+        _, examples = self.read(name)
         shapes = grouping.grid(examples.lengths, batch_size, accelerator.device.type == "xla")
 
         def batches(pass_number: int, _chunk: int):

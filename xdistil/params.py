@@ -5,10 +5,10 @@ import hashlib
 import json
 from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 DEMO_TASK = "demo"  # a generated corpus in place of a task folder
 PATH_NAMES = ("task", "model_dir", "transfer_file", "teacher_model_dir")
@@ -52,6 +52,9 @@ def _field(default, meaning: str, **limits):
     return Field(default, description=meaning, **limits)
 
 
+LayerPair = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]  # a list, as JSON has it
+
+
 class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     """All parameters of a run. Paths are absolute once `load_params` has been through them."""
 
@@ -88,14 +91,21 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     freeze_word_embedding: bool = _field(False, "student word embeddings never change")
 
     distil_multi_hidden_states: bool = _field(False, "distil every layer of the map; else the top states only")
-    distil_attention: bool = _field(False, "distil attention maps as well")
-    layer_map: Literal["uniform", "top"] = _field("uniform", "pair student and teacher layers by depth, or topmost")
-    hidden_loss: Literal["mse", "cosine"] = _field("mse", "distance of hidden states")
-    attention_loss: Literal["mse", "kl"] = _field("mse", "distance of attention maps")
-    hidden_weight: float = _field(1.0, "weight of each hidden-state term", ge=0)
+    distil_attention: bool = _field(False, "distil attention as well, see attention_loss")
+    layer_map: Literal["uniform", "top", "last"] | Annotated[list[LayerPair], Field(min_length=1)] = _field(
+        "uniform", "layer pairs: by depth, topmost, the last alone, or [[student, teacher], ...] with 0 = embeddings")
+    layer_weights: list[Annotated[float, Field(ge=0)]] | None = _field(
+        None, "a further weight for each pair of the map, from the lowest student layer up; default: 1")
+    hidden_loss: Literal["mse", "cosine", "cka"] = _field("mse", "distance of hidden states; cka needs no projection")
+    attention_loss: Literal["mse", "kl", "relation"] = _field(
+        "mse", "distance of attention maps, or of query, key and value relations: any number of heads")
+    relation_heads: int | None = _field(
+        None, "heads that relations are split into; default: the most, up to 12, that divide both widths", ge=1)
+    hidden_weight: float = _field(1.0, "weight of each hidden-state term; 0: no such terms", ge=0)
     attention_weight: float = _field(1.0, "weight of each attention term", ge=0)
     logit_loss: Literal["mse", "kl"] = _field("mse", "distance of logits")
     temperature: float = _field(1.0, "softens both models' classes if logit_loss is kl", gt=0)
+    hard_label_weight: float = _field(0.0, "weight of cross-entropy on train.tsv in stage 2, beside the logits", ge=0)
     unfreeze: Literal["module", "layer", "none"] = _field("module", "stages 2, 3: head, then all; by layers; at once")
     student_distil_batch_size: int = _field(32, "sentences of average length per step, stages 1 and 2", ge=1)
     student_ft_batch_size: int = _field(32, "sentences of average length per step, stage 3", ge=1)
@@ -116,6 +126,11 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         "auto", "where teacher outputs are kept; auto: on disk, if they will be read again and that is faster")
     targets_cache_gb: float = _field(4.0, "GB (1e9 bytes) of kept teacher outputs; past it they are redone", ge=0)
 
+    @field_validator("layer_map", "layer_weights", mode="before")
+    @classmethod
+    def _lists(cls, value):  # text on the command line
+        return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+
     @model_validator(mode="after")
     def _combinations(self):
         init, checkpoint, compress = self.initialisation, self.pt_student_checkpoint, self.compress_word_embedding
@@ -134,6 +149,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "nothing is to be compressed; set compress_word_embedding: false"),
             (freeze and not (compress or copied), "freeze_word_embedding: nothing of the teacher is in these word "
              "embeddings; set compress_word_embedding: true as well, or freeze_word_embedding: false"),
+            (self.hidden_weight == 0 and not (self.distil_attention and self.attention_weight), "hidden_weight: 0 "
+             "leaves stage 1 without a loss; set hidden_weight: 1, or distil_attention: true and attention_weight: 1"),
             (self.opt_policy == "mixed_float16" and self.device == "cpu",
              "opt_policy: mixed_float16 does not train on a CPU; set opt_policy: mixed_bfloat16 or float32"),
         ):

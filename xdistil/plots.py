@@ -133,17 +133,20 @@ def plot_cka(cka, pairs, title):
 
 
 def plot_cosine(before, after, pairs):
-    """`before`, `after` stage 1: mean token cosine (-1 to 1) of each (student, teacher) layer pair."""
+    """`before`, `after` stage 1: mean token cosine (-1 to 1, None: no number) of each (student, teacher) pair."""
     fig, ax = _figure("Cosine of student and teacher states (1 = same direction)", 3.9, ylabel="mean token cosine",
                       ymargin=0.1, xticks=range(len(pairs)), xticklabels=[f"S{s} ← T{t}" for s, t in pairs])
     for values, shift, colour, when in ((before, -0.2, SKY, "before"), (after, 0.2, STUDENT, "after")):
-        bars = ax.bar(np.arange(len(pairs)) + shift, values, 0.38, color=colour, label=f"{when} stage 1")
+        bars = ax.bar(np.arange(len(pairs)) + shift, np.array(values, float), 0.38, color=colour,
+                      label=f"{when} stage 1")
         ax.bar_label(bars, fmt="{:.2f}", fontsize=8)
     return _legend(fig, 2)
 
 
 def plot_attention_kl(kl, pairs, title):
     """`kl`: [n_pairs, A] divergence of attention in nats, by head; `pairs`: (student, teacher) layers."""
+    if not pairs:
+        return _figure(f"{title}\nno attention maps were compared here", 1)[0]
     return _heat_map(np.array(kl), title, "KL divergence (nats)", np.nanmax(kl), xlabel="head (from 0)",
                      yticklabels=[f"S{s} ← T{t}" for s, t in pairs])[0]
 

@@ -14,14 +14,22 @@ from torch import nn
 
 from xdistil import alignment, data, embeddings, evaluate, export, losses, models, students
 from xdistil.devices import open_accelerator
-from xdistil.feeds import from_frozen, held_out_loss, transfer, transfer_feeds
+from xdistil.feeds import (
+    from_frozen,
+    held_out_loss,
+    labelled_feed,
+    layer_pairs,
+    transfer,
+    transfer_feeds,
+    with_labelled,
+)
 from xdistil.files import save_atomic, save_json, save_text
 from xdistil.frozen import run_upper
 from xdistil.inputs import Inputs, depends, teacher_dir, teacher_source
 from xdistil.params import Params
 from xdistil.runs import STAGES, Run, Stage, describe_changes
 from xdistil.targets import TargetSpec
-from xdistil.training import Feed, Recipe, fit
+from xdistil.training import Feed, Recipe, fit, part
 from xdistil.unfreeze import layer_groups, unfreezing_steps, word_embedding
 
 
@@ -102,8 +110,11 @@ def read_configs(params: Params, run: Run):
                                      "model; name its class or leave pt_teacher out")
     student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint, **params.pick(
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
+    relation = params.distil_attention and params.attention_loss == "relation"
     students.check_shapes(teacher, student, seq_len=params.seq_len, init=params.initialisation,
-                          compress=params.compress_word_embedding, distil_attention=params.distil_attention)
+                          compress=params.compress_word_embedding, distil_attention=params.distil_attention and
+                          not relation, relation_heads=params.relation_heads if relation else None)
+    layer_pairs(params, teacher, student)
     return teacher, student
 
 
@@ -131,12 +142,6 @@ def build_student(params: Params, run: Run, stage: Stage, _accelerator):
             "rank": student.config.hidden_size, "singular_values": [round(x, 4) for x in spectrum.tolist()]}
 
 
-def layer_pairs(params: Params, teacher_config, student_config):
-    """Pairs (student, teacher) of hidden states 0..L and of attention layers 1..L that are distilled."""
-    pairs = students.spread(student_config.num_hidden_layers, teacher_config.num_hidden_layers, params.layer_map)
-    return (pairs if params.distil_multi_hidden_states else pairs[-1:]), (pairs[1:] if params.distil_attention else [])
-
-
 def _frozen_words(params: Params, student) -> frozenset[str]:
     names = (name for name, parameter in student.named_parameters() if parameter is word_embedding(student))
     return frozenset(names if params.freeze_word_embedding else ())
@@ -148,30 +153,36 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     inputs, device = Inputs(params, run), accelerator.device
     teacher = models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator, exact=False)
     student = _load_student(run, "student-init", inputs, device)
-    hidden, maps = layer_pairs(params, teacher.config, student.config)
-    for model in (teacher, student) if maps else ():
+    hidden, attention, weights, spec = layer_pairs(params, teacher.config, student.config)
+    for model in (teacher, student) if spec.attention else ():
         model.set_attn_implementation("eager")  # the only one that returns maps
     models.set_dropout(student, hidden=params.dropout, attention=0.0)
-    projections = students.make_projections(hidden, student.config.hidden_size, teacher.config.hidden_size).to(device)
-    both = nn.ModuleDict({"student": student, "projections": projections})
-    spec = TargetSpec(tuple(t for _, t in hidden), tuple(t for _, t in maps))
+    projected = hidden if params.hidden_loss != "cka" else []
+    projections = students.make_projections(projected, student.config.hidden_size, teacher.config.hidden_size)
+    both = nn.ModuleDict({"student": student, "projections": projections}).to(device)
     store, *windows = transfer(params, run, inputs, lambda: teacher, spec, accelerator)
     feed, held_out = transfer_feeds(params, store, *windows)
-    terms = students.distil_terms(hidden, maps, params.hidden_loss, params.attention_loss)
-    weights = {"hidden": params.hidden_weight, "attention": params.attention_weight}
+    terms = students.distil_terms(hidden, attention, params.hidden_loss, params.attention_loss, params.relation_heads)
     fixed = {f"student.{n}" for n in (*dict(layer_groups(student))["head"], *_frozen_words(params, student))}
     measure = accelerator.autocast()(functools.partial(
         alignment.measure_alignment, teacher, student, projections, inputs.read("dev")[1], inputs.pad_id, device,
-        hidden_pairs=hidden, attention_pairs=maps))
+        hidden_pairs=hidden, attention_pairs=attention if spec.attention else ()))
     before, judge = measure(), held_out_loss(terms, held_out, weights, accelerator)
     learning = [name for name, _ in both.named_parameters() if name not in fixed]
     summary = _fit(params, stage, accelerator, both, terms, feed, judge, params.distil_epochs, params.distil_lr,
                    [("all", learning)], weights)
-    students.fold_head(student, teacher, dict(projections.items()).get(str(hidden[-1][0])))
+    top = (student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    if top in projected:
+        projection, source = dict(projections.items()).get(str(top[0])), "as stage 1 trained them"
+    else:  # no loss asked for the teacher's own states at the top
+        projection, source = students.fit_projection(student, teacher, inputs.read("transfer")[1], np.concatenate(
+            windows[0]), inputs.pad_id, accelerator), "mapped by least squares"
+    students.fold_head(student, teacher, projection)
     found = _save_student(stage, student, inputs, accelerator)
     tensors = {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}
     save_atomic(stage.dir / "projections.safetensors", lambda path: save_file(tensors, path))
-    store.drop("hidden", "attention")
+    store.drop("hidden", "attention", "qkv")
+    found |= {"head": f"the teacher's, on top states {source}"}
     return found | summary | {"teacher_windows": store.asked, "alignment_before": before, "alignment_after": measure()}
 
 
@@ -187,15 +198,21 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     store, *windows = transfer(params, run, inputs, load_teacher, TargetSpec(), accelerator)
     through = from_frozen(params, student, inputs.read("transfer")[1], inputs.pad_id, accelerator)
     feed, held_out = transfer_feeds(params, store, *windows, through)
+    if params.hard_label_weight:
+        train, dev = (labelled_feed(params, student, inputs, accelerator, name) for name in ("train", "dev"))
+        feed = Feed(with_labelled(feed.batches, train), feed.n_windows, feed.n_chunks)
+        held_out = with_labelled(lambda *_, own=held_out: own(), dev)
     loss = {"mse": losses.logit_mse, "kl": functools.partial(losses.logit_kl, temperature=params.temperature)}
 
     def terms(model, batch):
         logits = run_upper(model, batch)
-        return {"logits": loss[params.logit_loss](logits, batch["teacher_logits"], batch["attention_mask"])}
+        values = {"logits": loss[params.logit_loss](logits, batch["teacher_logits"], batch["attention_mask"])}
+        return values | (_label_terms(model, part(batch, "labelled_")) if params.hard_label_weight else {})
 
-    judge = held_out_loss(terms, held_out, {}, accelerator)
+    weights = {"labels": params.hard_label_weight}
+    judge = held_out_loss(terms, held_out, weights, accelerator)
     summary = _fit(params, stage, accelerator, student, terms, feed, judge, params.distil_epochs, params.logit_lr,
-                   steps)
+                   steps, weights)
     return _save_student(stage, student, inputs, accelerator) | summary | {"teacher_windows": store.asked}
 
 
@@ -204,9 +221,7 @@ def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     """5. Stage 3: cross-entropy on labels, with gradual unfreezing; dev F1 selects."""
     inputs = Inputs(params, run)
     student, steps = _student_and_steps(params, run, "logits", inputs, accelerator.device)
-    examples, feed = inputs.read("train")[1], inputs.labelled(params.student_ft_batch_size, accelerator)
-    through = from_frozen(params, student, examples, inputs.pad_id, accelerator)
-    feed = Feed(through(np.arange(len(examples)), feed.batches), feed.n_windows)
+    feed = labelled_feed(params, student, inputs, accelerator)
     judge = functools.partial(inputs.dev_f1, accelerator)
     summary = _fit(params, stage, accelerator, student, _label_terms, feed, judge, params.ft_epochs, params.ft_lr,
                    steps)

@@ -1,10 +1,15 @@
 """How a student is made. Projections live beside it, never in it: what is saved is a plain Hugging Face model."""
 
+import functools
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from xdistil import embeddings, losses, models
+from xdistil import data, embeddings, losses, models
+from xdistil.grouping import batches, grid
 from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
 
 
@@ -20,15 +25,21 @@ def student_config(teacher_config, init: str, checkpoint: str | None, **sizes):
     return transformers.BertConfig(**sizes)
 
 
-def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attention: bool) -> None:
-    """Raise CheckpointError naming parameter and remedies if teacher and student config cannot work together."""
+def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attention: bool,
+                 relation_heads: int | None = None) -> None:
+    """Raise CheckpointError naming parameter and remedies if teacher and student config cannot work together;
+    `distil_attention`: by maps, head by head; `relation_heads`: by relations of so many heads."""
     room_t, room_s = map(models.n_positions, (t, s))
+    fits = [n for n in range(1, s.hidden_size + 1) if s.hidden_size % n == t.hidden_size % n == 0]
     for wrong, message in (
         (s.num_hidden_layers > t.num_hidden_layers, f"num_hidden_layers: the student has {s.num_hidden_layers}, the "
          f"teacher {t.num_hidden_layers}; choose at most {t.num_hidden_layers}"),
         (distil_attention and s.num_attention_heads != t.num_attention_heads, "distil_attention: the teacher has "
-         f"{t.num_attention_heads} heads, the student {s.num_attention_heads}; set num_attention_heads: "
-         f"{t.num_attention_heads} (or a student checkpoint with as many), or distil_attention: false"),
+         f"{t.num_attention_heads} heads, the student {s.num_attention_heads}; set attention_loss: relation, or "
+         f"num_attention_heads: {t.num_attention_heads} (or a student checkpoint with as many), or distil_attention: "
+         "false"),
+        (relation_heads and relation_heads not in fits, f"relation_heads: {relation_heads} must divide both widths, "
+         f"{t.hidden_size} (teacher) and {s.hidden_size} (student); choose from {fits} or leave it out"),
         (compress and init == "scratch" and s.hidden_size > t.hidden_size, f"hidden_size: {s.hidden_size}, but the "
          f"word embeddings to be compressed have width {t.hidden_size}; choose at most {t.hidden_size}"),
         (seq_len > min(room_t, room_s), f"seq_len: {seq_len}, but the teacher has {room_t} positions and the student "
@@ -38,11 +49,19 @@ def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attent
             raise models.CheckpointError(message)
 
 
-def spread(n_student: int, n_teacher: int, layer_map: str) -> list[tuple[int, int]]:
+def spread(n_student: int, n_teacher: int, layer_map) -> list[tuple[int, int]]:
     """Pairs (student, teacher) of hidden-state indices 0..L, 0 = embeddings, ascending: "uniform" pairs by depth,
-    "top" pairs student hidden[-i] with teacher hidden[-i] (2106.04563)."""
-    return [(s, s + n_teacher - n_student if layer_map == "top" else round(s * n_teacher / n_student))
-            for s in range(n_student + 1)]
+    "top" pairs student hidden[-i] with teacher hidden[-i] (2106.04563), "last" is the topmost pair alone, a list of
+    pairs is itself. Raises CheckpointError for a layer that is not there or a student layer given twice."""
+    if isinstance(layer_map, str):
+        pairs = [(s, s + n_teacher - n_student if layer_map == "top" else round(s * n_teacher / n_student))
+                 for s in range(n_student + 1)]
+        return pairs[-1:] if layer_map == "last" else pairs
+    pairs = sorted(map(tuple, layer_map))
+    if any(s > n_student or t > n_teacher for s, t in pairs) or len(dict(pairs)) < len(pairs):
+        raise models.CheckpointError(f"layer_map: found {layer_map}; student layers are 0..{n_student}, each at most "
+                                     f"once, teacher layers 0..{n_teacher}, where 0 are the embeddings")
+    return pairs
 
 
 @torch.no_grad()
@@ -114,6 +133,30 @@ def head_of(model) -> nn.Linear:
 
 
 @torch.no_grad()
+def fit_projection(student, teacher, examples: data.Examples, windows: np.ndarray, pad_id: int, accelerator,
+                   n_windows: int = 1024) -> nn.Linear:
+    """The map P x + b of the student's last hidden states to the teacher's, for losses that train none: by ridge
+    regression over the real tokens of evenly spread windows, [P b]' = (X'X + r I)^-1 X'Y, where X has a column of ones
+    that r spares and r is 1e-4 of the mean diagonal of X'X. Both models in eval mode."""
+    some = windows[np.linspace(0, len(windows) - 1, min(n_windows, len(windows))).astype(int)]
+    gram = moment = 0.0
+    lengths = examples.lengths[some]
+    for rows, width in batches(lengths, grid(lengths, 32)):
+        batch = data.collate(examples, some[rows], pad_id, width)
+        batch = {name: values.to(accelerator.device) for name, values in batch.items()}
+        with accelerator.autocast():
+            x, y = (models.run_model(model, batch, True)[1][-1] for model in (student, teacher))
+        x, y = (states[batch["attention_mask"] > 0].cpu().double() for states in (x, y))
+        x = F.pad(x, (0, 1), value=1.0)
+        gram, moment = gram + x.T @ x, moment + x.T @ y
+    gram.diagonal()[:-1].add_(1e-4 * gram.diagonal()[:-1].mean())
+    found = torch.linalg.solve(gram, moment)
+    projection = nn.Linear(len(gram) - 1, moment.shape[1])
+    projection.weight.copy_(found[:-1].T), projection.bias.copy_(found[-1])
+    return projection.to(accelerator.device)
+
+
+@torch.no_grad()
 def fold_head(student, teacher, projection: nn.Linear | None) -> None:
     """Give the student the teacher's classifier composed with the projection of the top layer: W = W_t P and
     b = W_t b_P + b_t. Its logits are the teacher's on projected states, and what is deployed is a standard model."""
@@ -122,20 +165,27 @@ def fold_head(student, teacher, projection: nn.Linear | None) -> None:
     goal.bias.copy_(head.weight @ projection.bias + head.bias if projection else head.bias)
 
 
-def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss: str):
+def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss: str, relation_heads=None):
     """The loss terms of stage 1 (2106.04563) as a function of (modules, batch): `student` and `projections`, and
-    `teacher_hidden` [B, S, P, H_t] and `teacher_attention` [B, P, A, S, S], by pairs (student, teacher) in order."""
-    hidden_fn = {"mse": losses.hidden_mse, "cosine": losses.hidden_cosine}[hidden_loss]
-    map_fn = {"mse": losses.attention_mse, "kl": losses.attention_kl}[attention_loss]
+    `teacher_hidden` [B, S, P, H_t] and `teacher_attention` [B, P, A, S, S], or `teacher_qkv` [B, S, P, 3, H_t] if
+    `attention_loss` is relation, by pairs (student, teacher) in order."""
+    hidden_fn = {"mse": losses.hidden_mse, "cosine": losses.hidden_cosine, "cka": losses.hidden_cka}[hidden_loss]
+    relate = functools.partial(losses.relation_kl, n_heads=relation_heads)
+    attention_fn = {"mse": losses.attention_mse, "kl": losses.attention_kl, "relation": relate}[attention_loss]
+    layers, relation = [s for s, _ in attention_pairs], attention_loss == "relation"
 
     def terms(modules, batch):
         mask, projections, values = batch["attention_mask"], modules["projections"], {}
-        _, states, maps = models.run_model(modules["student"], batch, True, bool(attention_pairs))
+        with models.keep_qkv(modules["student"], layers if relation else ()) as qkv:
+            _, states, maps = models.run_model(modules["student"], batch, bool(hidden_pairs),
+                                               bool(layers) and not relation)
         for i, (s, _) in enumerate(hidden_pairs):
             state = projections[str(s)](states[s]) if str(s) in projections else states[s]
             values[f"hidden_{s}"] = hidden_fn(state, batch["teacher_hidden"][:, :, i], mask)
-        for i, (s, _) in enumerate(attention_pairs):
-            values[f"attention_{s}"] = map_fn(maps[s - 1], batch["teacher_attention"][:, i], mask)
+        for i, s in enumerate(layers):
+            pair = ((qkv[s], batch["teacher_qkv"][:, :, i]) if relation else
+                    (maps[s - 1], batch["teacher_attention"][:, i]))
+            values[f"attention_{s}"] = attention_fn(*pair, mask)
         return values
 
     return terms

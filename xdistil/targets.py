@@ -1,6 +1,6 @@
 """What the teacher says of a chunk: computed in the first pass over it, kept without padding, read back per batch.
-Kinds: `hidden` [T, P, H_t] for T tokens and P layers and `attention` (each window's P x A x S x S maps, end to end),
-both in bfloat16, and `logits` [T, C] in float32, which every cache but "none" keeps for later stages."""
+Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `qkv` [T, P, 3, H_t] and `attention` (each window's P x A x S x
+S maps, end to end), in bfloat16, and `logits` [T, C] in float32, which all caches but "none" keep for later stages."""
 
 import ctypes
 import functools
@@ -19,25 +19,28 @@ import torch
 from xdistil.data import Examples, collate
 from xdistil.files import read_json, save_json
 from xdistil.grouping import batches, grid
-from xdistil.models import run_model
+from xdistil.models import keep_qkv, run_model
 
 # bfloat16 has the range of float32: no outlying dimension overflows
-DTYPES = {"hidden": torch.bfloat16, "attention": torch.bfloat16, "logits": torch.float32}
+DTYPES = dict.fromkeys(("hidden", "attention", "qkv"), torch.bfloat16) | {"logits": torch.float32}
 RELEASE_EVERY = 4  # batches between two calls of `Chunk.release`
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Which teacher outputs to keep: hidden-state indices 0..L, attention layers 1..L; always logits."""
+    """Which teacher outputs to keep: hidden-state indices 0..L, layers 1..L of attention maps and of queries, keys and
+    values; always logits."""
 
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
+    qkv: tuple[int, ...] = ()
 
     def shapes(self, lengths: np.ndarray, config) -> dict[str, tuple[int, ...]]:
         """Array shape of each kind for windows of these lengths."""
         tokens, squares = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
         shapes = {"hidden": (tokens, len(self.hidden), config.hidden_size), "logits": (tokens, config.num_labels),
-                  "attention": (squares * len(self.attention) * config.num_attention_heads,)}
+                  "attention": (squares * len(self.attention) * config.num_attention_heads,),
+                  "qkv": (tokens, len(self.qkv), 3, config.hidden_size)}
         return {kind: shape for kind, shape in shapes.items() if np.prod(shape)}
 
     def n_bytes(self, lengths: np.ndarray, config) -> int:
@@ -168,13 +171,15 @@ class TargetStore:
         """The teacher's outputs for a batch of `collate`, rounded as they are stored, on the accelerator."""
         teacher, spec, self.asked = self.load_teacher(), self.spec, self.asked + len(batch["input_ids"])
         inputs = {name: batch[name].to(self.accelerator.device) for name in ("input_ids", "attention_mask")}
-        with torch.inference_mode(), self.accelerator.autocast():
+        with torch.inference_mode(), self.accelerator.autocast(), keep_qkv(teacher, spec.qkv) as qkv:
             logits, states, maps = run_model(teacher, inputs, bool(spec.hidden), bool(spec.attention))
         found = {"logits": logits.float()}
         if spec.hidden:
             found["hidden"] = torch.stack([states[i].to(DTYPES["hidden"]) for i in spec.hidden], dim=2)
         if spec.attention:
             found["attention"] = torch.stack([maps[i - 1].to(DTYPES["attention"]) for i in spec.attention], dim=1)
+        if spec.qkv:
+            found["qkv"] = torch.stack([qkv[i].to(DTYPES["qkv"]) for i in spec.qkv], dim=2)
         return found
 
     def _open(self, name: str, windows: np.ndarray) -> Chunk:

@@ -121,7 +121,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         steps: (name, names of the parameters that learn), see `unfreeze.unfreezing_steps`.
         folder: gets history.jsonl and checkpoint.safetensors; an interrupted call goes on from there and ends with
             the numbers of an uninterrupted one (CPU, float32).
-        weights: the weight of the terms by the first part of their name, up to "_"; 1 for all others."""
+        weights: of the terms, by name; 1 for all others."""
     path, started = folder / "checkpoint.safetensors", time.monotonic()
     (at, tensors), current = load_checkpoint(path), dict(model.named_parameters())
     records, before = read_jsonl(folder / "history.jsonl")[: at.records], at.seconds
@@ -183,7 +183,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
                         group["lr"] = recipe.lr * lr_factor(min(done, 1), recipe.warmup_ratio, recipe.lr_schedule)
                     with accelerator.autocast():
                         found = terms(model, batch)
-                    loss = sum((weights or {}).get(key.split("_")[0], 1.0) * value for key, value in found.items())
+                    loss = sum((weights or {}).get(key, 1.0) * value for key, value in found.items())
                     accelerator.backward(loss)
                     accelerator.clip_grad_norm_(members.values(), recipe.max_grad_norm)
                     optimizer.step()

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from xdistil import data, models, stages, targets
+from xdistil import data, models, stages
+from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs, teacher_source
 from xdistil.params import Params, Table
 from xdistil.runs import Run, Stage
@@ -31,7 +32,7 @@ def describe(params: Params, run: Run) -> list[Table]:
 def needs(params: Params, run: Run) -> Table:
     """Memory of weights and training state, and disk for teacher outputs, in GB (1e9 bytes)."""
     teacher, student = stages.read_configs(params, run)
-    spec = targets.TargetSpec(*(tuple(t for _, t in kind) for kind in stages.layer_pairs(params, teacher, student)))
+    *_, spec = layer_pairs(params, teacher, student)
     outputs = spec.n_bytes(Inputs(params, run).read("transfer")[1].lengths, teacher) / 1e9
     student.vocab_size = teacher.vocab_size
     with torch.device("meta"):
