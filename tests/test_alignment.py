@@ -51,7 +51,7 @@ def student(teacher, labels, tokenizer):
 
 def test_shapes_follow_layers_pairs_and_heads(teacher, student, examples):
     pairs = {"hidden_pairs": [(0, 0), (1, 2), (2, 4)], "attention_pairs": [(2, 4)]}
-    projections = make_projections(pairs["hidden_pairs"], 24, 48)
+    projections = make_projections(pairs["hidden_pairs"], [24] * 3, 48)
     found = measure_alignment(teacher, student, projections, examples, 0, "cpu", **pairs, n_windows=20)
     assert (len(found["cka"]), {len(row) for row in found["cka"]}) == (5, {3})
     assert len(found["cosine"]) == 3 and all(-1 <= x <= 1 for x in found["cosine"])

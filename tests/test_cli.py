@@ -153,7 +153,8 @@ BAD_MODELS = {
     "student-hub": (["--pt_student_checkpoint", "nobody/nothing"], r"pt_student_checkpoint: cannot load 'nobody/noth"),
     "empty-folder": (["--pt_teacher_checkpoint", "{tmp}"], r"pt_teacher_checkpoint: cannot load .*needs config\.json"),
     "heads": (["--num_attention_heads", "3"],
-              r"distil_attention: the teacher has 4 heads, the student 3; set num_attention_heads: 4 "),
+              r"distil_attention: the teacher has 4 heads, the student 3; set attention_loss: relation, or num_att"
+              r"ention_heads: 4 "),
     "width": (["--hidden_size", "96"], r"hidden_size: 96\b.*word embeddings.*choose at most 48"),
     "layers": (["--num_hidden_layers", "9"], r"num_hidden_layers: the student has 9, the teacher 4; .*at most 4"),
     "positions": (["--seq_len", "4096"], r"seq_len: 4096, but the teacher has 512 positions.*choose at most 512"),

@@ -14,7 +14,7 @@ START, END = "<!-- table: written by XDISTIL_UPDATE=1 pytest tests/test_params.p
 LIMITS = [
     ("seq_len", 7, 8), ("train_limit", 0, 1), ("transfer_limit", 1, 2), ("seed", -1, 0),
     ("teacher_batch_size", 0, 1), ("teacher_epochs", 0, 1), ("teacher_lr", 0, 1e-9), ("teacher_lr", 1.001, 1),
-    ("hidden_size", 7, 8), ("num_hidden_layers", 0, 1), ("num_attention_heads", 0, 1),
+    ("embedding_size", 7, 8), ("hidden_size", 7, 8), ("num_hidden_layers", 0, 1), ("num_attention_heads", 0, 1),
     ("intermediate_size", 7, 8), ("dropout", -0.1, 0), ("dropout", 1, 0.99), ("hidden_weight", -0.1, 0),
     ("attention_weight", -0.1, 0), ("relation_heads", 0, 1), ("hard_label_weight", -0.1, 0),
     ("temperature", 0, 0.01), ("student_distil_batch_size", 0, 1),
@@ -100,6 +100,10 @@ def test_the_limits_above_are_all_there_are():
     ({"student_init": "teacher_layers", "pt_student_checkpoint": "x/y"}, "student_init", "remove one of the two"),
     ({"student_init": "teacher_layers", "compress_word_embedding": True}, "compress_word_embedding",
      "set compress_word_embedding: false"),
+    ({"student_arch": "bilstm", "student_init": "teacher_layers"}, "student_arch", "set student_arch: transformer"),
+    ({"student_arch": "bilstm", "pt_student_checkpoint": "x/y"}, "student_arch", "remove .* pt_student_checkpoint"),
+    ({"student_arch": "bilstm", "distil_attention": True}, "distil_attention",
+     "set distil_attention: false, or student_arch: transformer"),
     ({"freeze_word_embedding": True}, "freeze_word_embedding", "set compress_word_embedding: true"),
     ({"hidden_weight": 0}, "hidden_weight", "set hidden_weight: 1, or distil_attention: true"),
     ({"hidden_weight": 0, "distil_attention": True, "attention_weight": 0}, "hidden_weight", "attention_weight: 1"),
@@ -114,6 +118,7 @@ def test_combinations_next_to_the_impossible_ones_are_fine():
     load_params({"hidden_weight": 0, "distil_attention": True})
     load_params({"compress_word_embedding": True, "freeze_word_embedding": True})
     load_params({"opt_policy": "mixed_float16", "device": "cuda"})
+    load_params({"student_arch": "bilstm", "hidden_size": 20})  # without heads nothing has to be divisible
     assert load_params({"pt_student_checkpoint": "x/y", "hidden_size": 20}).initialisation == "checkpoint"
     assert load_params({}).initialisation == "scratch"
     assert load_params({"student_init": "teacher_layers"}).initialisation == "teacher_layers"

@@ -228,9 +228,10 @@ def test_a_head_that_is_not_one_linear_map_is_an_error(build):
 
 
 def test_projections_are_one_for_each_pair_and_none_at_equal_widths():
-    found = make_projections([(0, 2), (1, 3)], 24, 48)
+    found = make_projections([(0, 2), (1, 3)], [24, 24], 48)
     assert sorted(found) == ["0", "1"] and found["0"].weight.shape == (48, 24)
-    assert len(make_projections([(0, 2), (1, 3)], 48, 48)) == 0
+    assert len(make_projections([(0, 2), (1, 3)], [48, 48], 48)) == 0
+    assert list(make_projections([(0, 2), (1, 3)], [20, 48], 48)) == ["0"]
 
 
 @pytest.mark.parametrize("hidden, maps, names", [
@@ -241,7 +242,7 @@ def test_terms_are_named_by_student_layer_and_vanish_for_the_teacher_itself(buil
                                                                             names, kinds):
     student = build()[0].eval()
     student.set_attn_implementation("eager")
-    modules = nn.ModuleDict({"student": student, "projections": make_projections(hidden, 24, 48)})
+    modules = nn.ModuleDict({"student": student, "projections": make_projections(hidden, [24] * 3, 48)})
     with torch.inference_mode():
         _, states, found = run_model(teacher, batch, True, True)
         goal = {"teacher_hidden": torch.stack([states[t] for _, t in hidden], 2)}

@@ -6,9 +6,9 @@ import torch
 from xdistil import data, losses, models
 
 
-def linear_cka(rows: torch.Tensor, columns: torch.Tensor) -> list[list[float]]:
-    """Linear centred kernel alignment (Kornblith et al. 2019), 0..1, of each of `rows` [L_1, n, H_1] with each of
-    `columns` [L_2, n, H_2]; 0 where all n are the same."""
+def linear_cka(rows, columns) -> list[list[float]]:
+    """Linear centred kernel alignment (Kornblith et al. 2019), 0..1, of each of `rows` (each [n, H]) with each of
+    `columns` (the same n, any H); 0 where all n are the same."""
     def unit(states):
         return losses.unit_states(states.double(), states.new_ones(len(states), 1))
 
@@ -31,12 +31,12 @@ def measure_alignment(teacher, student, projections, examples: data.Examples, pa
         mask = batch["attention_mask"]
         _, states_t, maps_t = models.run_model(teacher, batch, True, bool(attention_pairs))
         _, states_s, maps_s = models.run_model(student, batch, True, bool(attention_pairs))
-        kept_t.append(torch.stack(states_t)[:, mask > 0].float())
-        kept_s.append(torch.stack(states_s)[:, mask > 0].float())
+        for kept, states in ((kept_t, states_t), (kept_s, states_s)):
+            kept.append([state[mask > 0].float() for state in states])
         heads = [zip(maps_s[s - 1].split(1, 1), maps_t[t - 1].split(1, 1), strict=True) for s, t in attention_pairs]
         divergence.append([[float(losses.attention_kl(a, b, mask)) for a, b in pair] for pair in heads])
         weights.append(int(mask.sum()))
-    all_t, all_s = torch.cat(kept_t, dim=1), torch.cat(kept_s, dim=1)
+    all_t, all_s = ([torch.cat(parts) for parts in zip(*kept, strict=True)] for kept in (kept_t, kept_s))
     projected = [projections[str(s)](all_s[s]) if str(s) in projections else all_s[s] for s, _ in hidden_pairs]
     cosine = [float(torch.cosine_similarity(state, all_t[t], dim=-1).mean()) if state.shape == all_t[t].shape else None
               for state, (_, t) in zip(projected, hidden_pairs, strict=True)]

@@ -31,8 +31,8 @@ def export_onnx(model, folder: Path) -> dict[str, Path]:
     Raises ImportError naming the extra if onnx, onnxscript or onnxruntime are absent.
     """
     try:
-        import onnxscript  # noqa: F401
         from onnxruntime.quantization import QuantType, quantize_dynamic
+        from onnxscript.optimizer import fold_constants
     except ImportError as error:
         raise ImportError(f"onnx needs {error.name}: pip install xdistil[export]") from error
 
@@ -43,9 +43,11 @@ def export_onnx(model, folder: Path) -> dict[str, Path]:
     mask[0, -1] = 0  # without padding the graph would have no mask
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter about itself
-        torch.onnx.export(_Logits(model.cpu()).eval(), (ids, mask), paths["fp32"], dynamo=True, verbose=False,
-                          input_names=["input_ids", "attention_mask"], output_names=["logits"], external_data=False,
-                          dynamic_shapes=({0: free, 1: free},) * 2)
+        program = torch.onnx.export(_Logits(model.cpu()).eval(), (ids, mask), dynamo=True, verbose=False,
+                                    input_names=["input_ids", "attention_mask"], output_names=["logits"],
+                                    dynamic_shapes=({0: free, 1: free},) * 2)
+    fold_constants(program.model, input_size_limit=2**31, output_size_limit=2**31)  # int8 takes constants alone
+    program.save(paths["fp32"], external_data=False)
     quantize_dynamic(paths["fp32"], paths["int8"], weight_type=QuantType.QInt8, per_channel=True)
     return paths
 

@@ -15,11 +15,11 @@ STUDENT = ("dropout", "freeze_word_embedding")
 USES = {  # the parameters that each stage's result follows from
     "teacher": (*RECIPE, "pt_teacher_checkpoint", "tf_model_check", "train_limit", "teacher_batch_size",
                 "teacher_epochs", "teacher_lr"),
-    "student-init": ("seed", "student_init", "pt_student_checkpoint", "hidden_size", "num_hidden_layers",
-                     "num_attention_heads", "intermediate_size", "compress_word_embedding"),
+    "student-init": ("seed", "student_init", "pt_student_checkpoint", "student_arch", "embedding_size", "hidden_size",
+                     "num_hidden_layers", "num_attention_heads", "intermediate_size", "compress_word_embedding"),
     "hidden": (*RECIPE, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
-               "layer_weights", "hidden_loss", "attention_loss", "relation_heads", "hidden_weight", "attention_weight",
-               "distil_lr"),
+               "layer_weights", "projection_gelu", "hidden_loss", "attention_loss", "relation_heads", "hidden_weight",
+               "attention_weight", "distil_lr"),
     "logits": (*RECIPE, *TRANSFER, *STUDENT, "logit_loss", "temperature", "hard_label_weight", "unfreeze", "logit_lr"),
     "labels": (*RECIPE, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
     "student": ("onnx",)}

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+import xdistil.bilstm  # noqa: F401 (the auto classes know it from here on)
 from xdistil import tf_weights
 from xdistil.files import read_json
 from xdistil.unfreeze import encoder_layers

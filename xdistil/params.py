@@ -82,7 +82,9 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     student_init: Literal["auto", "checkpoint", "scratch", "teacher_layers"] = _field(
         "auto", "where student weights come from; auto: the checkpoint if one is given, else scratch")
     pt_student_checkpoint: str | None = _field(None, "student encoder: folder or hub name")
-    hidden_size: int = _field(384, "student width H_s, from scratch", ge=8)
+    student_arch: Literal["transformer", "bilstm"] = _field("transformer", "kind of student, from scratch")
+    embedding_size: int = _field(300, "width E of a bilstm's word embeddings", ge=8)
+    hidden_size: int = _field(384, "student width H_s, from scratch; of a bilstm: in each direction", ge=8)
     num_hidden_layers: int = _field(6, "student layers, from scratch or copied", ge=1)
     num_attention_heads: int = _field(12, "student attention heads, from scratch", ge=1)
     intermediate_size: int | None = _field(None, "student feed-forward width; default: 4 x hidden_size", ge=8)
@@ -92,6 +94,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
 
     distil_multi_hidden_states: bool = _field(False, "distil every layer of the map; else the top states only")
     distil_attention: bool = _field(False, "distil attention as well, see attention_loss")
+    projection_gelu: bool = _field(False, "GELU on projected states (2004.05686); stage 2 then starts a new head")
     layer_map: Literal["uniform", "top", "last"] | Annotated[list[LayerPair], Field(min_length=1)] = _field(
         "uniform", "layer pairs: by depth, topmost, the last alone, or [[student, teacher], ...] with 0 = embeddings")
     layer_weights: list[Annotated[float, Field(ge=0)]] | None = _field(
@@ -135,16 +138,21 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     def _combinations(self):
         init, checkpoint, compress = self.initialisation, self.pt_student_checkpoint, self.compress_word_embedding
         fits = [heads for heads in range(1, 33) if self.hidden_size % heads == 0]
-        freeze, copied = self.freeze_word_embedding, init == "teacher_layers"
+        freeze, copied, bilstm = self.freeze_word_embedding, init == "teacher_layers", self.student_arch == "bilstm"
         for wrong, message in (
             (not self.do_NER, "do_NER: false, but this version only labels sequences; set do_NER: true"),
             (self.do_pairwise, "do_pairwise: text pairs are not in this version; set do_pairwise: false"),
-            (init == "scratch" and self.num_attention_heads not in fits, f"hidden_size: {self.hidden_size} is not "
-             f"divisible by num_attention_heads {self.num_attention_heads}; choose num_attention_heads from {fits}"),
+            (init == "scratch" and not bilstm and self.num_attention_heads not in fits,
+             f"hidden_size: {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+             f"choose num_attention_heads from {fits}"),
             (init == "checkpoint" and not checkpoint,
              "student_init: 'checkpoint' needs pt_student_checkpoint; name it or set student_init: scratch"),
             (init != "checkpoint" and checkpoint, f"student_init: {init!r} leaves pt_student_checkpoint "
              f"{checkpoint!r} unused; remove one of the two"),
+            (bilstm and init != "scratch", f"student_arch: a bilstm is built from scratch, not from {init}; remove "
+             "student_init and pt_student_checkpoint, or set student_arch: transformer"),
+            (bilstm and self.distil_attention, "distil_attention: a bilstm has no attention maps; set "
+             "distil_attention: false, or student_arch: transformer"),
             (copied and compress, "compress_word_embedding: copied teacher layers have the teacher's width, so "
              "nothing is to be compressed; set compress_word_embedding: false"),
             (freeze and not (compress or copied), "freeze_word_embedding: nothing of the teacher is in these word "

@@ -108,8 +108,9 @@ def read_configs(params: Params, run: Run):
     if family not in ("", teacher.model_type.replace("-", "").replace("_", "")):
         raise models.CheckpointError(f"pt_teacher: {params.pt_teacher!r}, but {parameter} is a {teacher.model_type!r} "
                                      "model; name its class or leave pt_teacher out")
-    student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint, **params.pick(
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
+    student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint,
+                                      params.student_arch, **params.pick(
+        "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
     relation = params.distil_attention and params.attention_loss == "relation"
     students.check_shapes(teacher, student, seq_len=params.seq_len, init=params.initialisation,
                           compress=params.compress_word_embedding, distil_attention=params.distil_attention and
@@ -139,7 +140,7 @@ def build_student(params: Params, run: Run, stage: Stage, _accelerator):
     inputs.tokenizer.save_pretrained(run.dir / "tokenizer")
     _, spectrum = embeddings.compress(word_embedding(teacher), 1)
     return {"word_embeddings": origin, **models.size_of(student), "teacher": models.size_of(teacher),
-            "rank": student.config.hidden_size, "singular_values": [round(x, 4) for x in spectrum.tolist()]}
+            "rank": word_embedding(student).shape[1], "singular_values": [round(x, 4) for x in spectrum.tolist()]}
 
 
 def _frozen_words(params: Params, student) -> frozenset[str]:
@@ -158,7 +159,8 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
         model.set_attn_implementation("eager")  # the only one that returns maps
     models.set_dropout(student, hidden=params.dropout, attention=0.0)
     projected = hidden if params.hidden_loss != "cka" else []
-    projections = students.make_projections(projected, student.config.hidden_size, teacher.config.hidden_size)
+    projections = students.make_projections(projected, students.state_widths(student.config),
+                                            teacher.config.hidden_size, params.projection_gelu)
     both = nn.ModuleDict({"student": student, "projections": projections}).to(device)
     store, *windows = transfer(params, run, inputs, lambda: teacher, spec, accelerator)
     feed, held_out = transfer_feeds(params, store, *windows)
@@ -171,19 +173,23 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     learning = [name for name, _ in both.named_parameters() if name not in fixed]
     summary = _fit(params, stage, accelerator, both, terms, feed, judge, params.distil_epochs, params.distil_lr,
                    [("all", learning)], weights)
-    top = (student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    if top in projected:
-        projection, source = dict(projections.items()).get(str(top[0])), "as stage 1 trained them"
+    top, head = (student.config.num_hidden_layers, teacher.config.num_hidden_layers), "the teacher's, on top states "
+    if params.projection_gelu:
+        head = "new: none can be folded through GELU"
+    elif top in projected:
+        students.fold_head(student, teacher, dict(projections.items()).get(str(top[0])))
+        head += "as stage 1 trained them"
     else:  # no loss asked for the teacher's own states at the top
-        projection, source = students.fit_projection(student, teacher, inputs.read("transfer")[1], np.concatenate(
-            windows[0]), inputs.pad_id, accelerator), "mapped by least squares"
-    students.fold_head(student, teacher, projection)
+        students.fold_head(student, teacher, students.fit_projection(student, teacher, inputs.read("transfer")[1],
+                           np.concatenate(windows[0]), inputs.pad_id, accelerator))
+        head += "mapped by least squares"
+    stage.say(f"the student's head is {head}")
     found = _save_student(stage, student, inputs, accelerator)
     tensors = {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}
     save_atomic(stage.dir / "projections.safetensors", lambda path: save_file(tensors, path))
     store.drop("hidden", "attention", "qkv")
-    found |= {"head": f"the teacher's, on top states {source}"}
-    return found | summary | {"teacher_windows": store.asked, "alignment_before": before, "alignment_after": measure()}
+    return found | summary | {"head": head, "teacher_windows": store.asked, "alignment_before": before,
+                              "alignment_after": measure()}
 
 
 @_stage
@@ -275,7 +281,8 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
     save_text(stage.dir / "README.md", card.format(
         parameters=models.size_of(student)["parameters"], labels=", ".join(inputs.labels), seq_len=params.seq_len,
         teacher=params.pt_teacher_checkpoint.split("/")[-1], f1=metrics["student"]["test"]["macro"],
-        kept=metrics["retention"]["macro"] or 0))
+        kept=metrics["retention"]["macro"] or 0,
+        registers="import xdistil  # knows the BiLSTM\n    " if students.is_bilstm(student.config) else ""))
     found = {"same_predictions": True, "dev_words": sum(map(len, tags[0]))}
     return found | ({"onnx": _export_onnx(stage, student, inputs, accelerator)} if params.onnx else {})
 

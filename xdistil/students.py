@@ -9,18 +9,24 @@ import transformers
 from torch import nn
 
 from xdistil import data, embeddings, losses, models
+from xdistil.bilstm import BiLstmConfig
 from xdistil.grouping import batches, grid
 from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
 
 
-def student_config(teacher_config, init: str, checkpoint: str | None, **sizes):
-    """The student's config. `init` is checkpoint, scratch or teacher_layers; `sizes` are hidden_size,
-    num_hidden_layers, num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
+def student_config(teacher_config, init: str, checkpoint: str | None, arch: str = "transformer",
+                   embedding_size: int = 300, **sizes):
+    """The student's config. `init` is checkpoint, scratch or teacher_layers; `arch` transformer or bilstm, which alone
+    has an embedding_size; `sizes` are hidden_size (of a bilstm: in each direction), num_hidden_layers,
+    num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
     if init == "checkpoint":
         return models.load_config(checkpoint, "pt_student_checkpoint")
     if init == "teacher_layers":
         changed = {key: sizes[key] for key in ("num_hidden_layers", "intermediate_size") if sizes[key]}
         return type(teacher_config).from_dict(teacher_config.to_dict() | changed)
+    if arch == "bilstm":
+        return BiLstmConfig(embedding_size=embedding_size, hidden_size=2 * sizes["hidden_size"],
+                            num_hidden_layers=sizes["num_hidden_layers"])
     sizes["intermediate_size"] = sizes["intermediate_size"] or 4 * sizes["hidden_size"]
     return transformers.BertConfig(**sizes)
 
@@ -31,22 +37,34 @@ def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attent
     `distil_attention`: by maps, head by head; `relation_heads`: by relations of so many heads."""
     room_t, room_s = map(models.n_positions, (t, s))
     fits = [n for n in range(1, s.hidden_size + 1) if s.hidden_size % n == t.hidden_size % n == 0]
+    heads_s, size = getattr(s, "num_attention_heads", 0), "embedding_size" if is_bilstm(s) else "hidden_size"
     for wrong, message in (
         (s.num_hidden_layers > t.num_hidden_layers, f"num_hidden_layers: the student has {s.num_hidden_layers}, the "
          f"teacher {t.num_hidden_layers}; choose at most {t.num_hidden_layers}"),
-        (distil_attention and s.num_attention_heads != t.num_attention_heads, "distil_attention: the teacher has "
-         f"{t.num_attention_heads} heads, the student {s.num_attention_heads}; set attention_loss: relation, or "
+        (distil_attention and heads_s != t.num_attention_heads, "distil_attention: the teacher has "
+         f"{t.num_attention_heads} heads, the student {heads_s}; set attention_loss: relation, or "
          f"num_attention_heads: {t.num_attention_heads} (or a student checkpoint with as many), or distil_attention: "
          "false"),
         (relation_heads and relation_heads not in fits, f"relation_heads: {relation_heads} must divide both widths, "
          f"{t.hidden_size} (teacher) and {s.hidden_size} (student); choose from {fits} or leave it out"),
-        (compress and init == "scratch" and s.hidden_size > t.hidden_size, f"hidden_size: {s.hidden_size}, but the "
+        (compress and init == "scratch" and getattr(s, size) > t.hidden_size, f"{size}: {getattr(s, size)}, but the "
          f"word embeddings to be compressed have width {t.hidden_size}; choose at most {t.hidden_size}"),
         (seq_len > min(room_t, room_s), f"seq_len: {seq_len}, but the teacher has {room_t} positions and the student "
          f"{room_s}; choose at most {min(room_t, room_s)}"),
     ):
         if wrong:
             raise models.CheckpointError(message)
+
+
+def is_bilstm(config) -> bool:
+    """Whether this is the config of a BiLSTM."""
+    return isinstance(config, BiLstmConfig)
+
+
+def state_widths(config) -> list[int]:
+    """Widths of the hidden states 0..L; a BiLSTM's embeddings have their own."""
+    return [config.embedding_size if is_bilstm(config) else config.hidden_size] + (
+        [config.hidden_size] * config.num_hidden_layers)
 
 
 def spread(n_student: int, n_teacher: int, layer_map) -> list[tuple[int, int]]:
@@ -119,9 +137,11 @@ def copy_layers(teacher, student) -> None:
         layers_s[s - 1].load_state_dict(state)
 
 
-def make_projections(pairs: list[tuple[int, int]], width_s: int, width_t: int) -> nn.ModuleDict:
-    """One linear map H_s -> H_t per layer pair, named by the student layer; none at equal widths."""
-    return nn.ModuleDict({str(s): nn.Linear(width_s, width_t) for s, _ in pairs} if width_s != width_t else {})
+def make_projections(pairs: list[tuple[int, int]], widths: list[int], width_t: int, gelu: bool = False):
+    """One linear map H_s -> H_t per layer pair, named by the student layer, where the width of that state (`widths`)
+    is not the teacher's. With `gelu` one for each pair, z~ = GELU(W h + b) (2004.05686)."""
+    return nn.ModuleDict({str(s): nn.Sequential(nn.Linear(widths[s], width_t), nn.GELU()) if gelu else
+                          nn.Linear(widths[s], width_t) for s, _ in pairs if gelu or widths[s] != width_t})
 
 
 def head_of(model) -> nn.Linear:

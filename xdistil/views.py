@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xdistil import data, models, stages
+from xdistil import data, models, stages, students
 from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs, teacher_source
 from xdistil.params import Params, Table
@@ -79,7 +79,8 @@ def results(run: Run) -> Table:
 
 def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
     """Attention in the top layers of the teacher and of a stage's student (on the CPU): tokens [S], teacher [A_t, S,
-    S], student [A_s, S, S]. `text`: one sentence, words separated by spaces; default: a dev sentence with entities."""
+    S], student [A_s, S, S], NaN if it is a BiLSTM. `text`: one sentence, words separated by spaces; default: a dev
+    sentence with entities."""
     inputs = Inputs(params, run)
     words = text.split() if text else data.typical_sentence(inputs.read("dev")[0])
     examples = data.encode(data.Sentences([words]), inputs.tokenizer, params.seq_len)
@@ -87,6 +88,9 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
     found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
     for name, folder in (("teacher", teacher_source(params, run)[0]), ("student", run.stage(stage).dir)):
         model = models.load_classifier(folder, inputs.labels, "model_dir").eval()
+        if students.is_bilstm(model.config):
+            found[name] = np.full((1, *[len(found["tokens"])] * 2), np.nan)
+            continue
         model.set_attn_implementation("eager")
         with torch.inference_mode():
             found[name] = models.run_model(model, batch, False, True)[2][-1][0].numpy()
