@@ -15,7 +15,7 @@ TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PATH
 LEVELS = [  # a module may import those of lower levels only
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "spans"},
     {"runs", "devices", "data", "demo_data", "models"},
-    {"students", "targets", "training", "frozen", "export", "evaluate", "alignment", "report"},
+    {"texts", "students", "targets", "training", "frozen", "export", "evaluate", "alignment", "report"},
     {"inputs"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}

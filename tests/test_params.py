@@ -91,8 +91,8 @@ def test_the_limits_above_are_all_there_are():
 
 
 @pytest.mark.parametrize("values, parameter, remedy", [
-    ({"do_NER": False}, "do_NER", "set do_NER: true"),
-    ({"do_pairwise": True}, "do_pairwise", "set do_pairwise: false"),
+    ({"do_NER": False}, "task", "set do_NER: true, or name a folder"),
+    ({"do_pairwise": True}, "do_pairwise", "do_NER .*set do_NER: false to label pairs, or do_pairwise: false"),
     ({"hidden_size": 20, "num_attention_heads": 12}, "hidden_size",
      r"choose num_attention_heads from \[1, 2, 4, 5, 10, 20\]"),
     ({"student_init": "checkpoint"}, "student_init", "name it or set student_init: scratch"),
@@ -120,7 +120,9 @@ def test_combinations_next_to_the_impossible_ones_are_fine():
     load_params({"opt_policy": "mixed_float16", "device": "cuda"})
     load_params({"student_arch": "bilstm", "hidden_size": 20})  # without heads nothing has to be divisible
     assert load_params({"pt_student_checkpoint": "x/y", "hidden_size": 20}).initialisation == "checkpoint"
-    assert load_params({}).initialisation == "scratch"
+    assert load_params({}).initialisation == "scratch" and load_params({}).unit == "word"
+    assert load_params({"do_NER": False, "task": "x"}).unit == "text"
+    assert load_params({"do_NER": False, "do_pairwise": True, "task": "x"}).unit == "pair"
     assert load_params({"student_init": "teacher_layers"}).initialisation == "teacher_layers"
 
 

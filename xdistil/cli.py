@@ -33,10 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{field}", default=argparse.SUPPRESS, help=text, **kind)
     export = commands.add_parser("export", help="write a student's ONNX files, float32 and int8", allow_abbrev=False)
     export.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
-    predict = commands.add_parser("predict", help="tag text with a student", allow_abbrev=False)
+    predict = commands.add_parser("predict", help="label words, texts or pairs with a student", allow_abbrev=False)
     predict.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
-    predict.add_argument("input", help="text, or words<TAB>anything, one sentence a line; - for stdin")
-    predict.add_argument("-o", "--output", default="-", help="words<TAB>tags lines; - for stdout")
+    predict.add_argument("input", help="text<TAB>anything, one sentence or text a line, of a student of pairs "
+                         "text<TAB>text<TAB>anything; - for stdin")
+    predict.add_argument("-o", "--output", default="-", help="words<TAB>tags or text<TAB>label lines; - for stdout")
     predict.add_argument("--batch_size", type=int, default=64, help="sentences per step")
     predict.add_argument("--onnx", choices=("fp32", "int8"), help="run a file of `xdistil export`, not torch")
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda, xla or mps")
@@ -118,15 +119,15 @@ def export_files(asked) -> int:
 
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
     labels = [config.id2label[i] for i in range(config.num_labels)]
-    model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR")
+    model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR", models.unit_of(config))
     for path in export.export_onnx(model, Path(asked.student_dir) / "onnx").values():
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
 def predict_file(asked) -> int:
-    """Tag a file or stdin as a stream, in input order, one line out for each line in."""
-    from xdistil import data, devices, evaluate, export, models
+    """Label a file or stdin as a stream, in input order, one line out for each line in."""
+    from xdistil import data, devices, evaluate, export, models, texts
 
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
     labels = [config.id2label[i] for i in range(config.num_labels)]
@@ -135,13 +136,17 @@ def predict_file(asked) -> int:
     if asked.onnx:
         model = export.OnnxTagger(asked.student_dir, asked.onnx)
     else:
-        model = models.prepare_to_answer(models.load_classifier(asked.student_dir, labels, "STUDENT_DIR"), accelerator)
-    lines, seq_len = data.read_lines(asked.input), min(tokenizer.model_max_length, models.n_positions(config))
+        model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR", models.unit_of(config))
+        model = models.prepare_to_answer(model, accelerator)
+    seq_len, unit, n_cut = min(tokenizer.model_max_length, models.n_positions(config)), models.unit_of(config), 0
+    rows = (texts.units_of(line, unit, f"{asked.input}:{n}") for n, line in data.read_lines(asked.input))
 
     def write(path=None):
+        nonlocal n_cut
         with open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout) as handle:
-            while words := [line.split("\t")[0].split() for _, line in islice(lines, 4096)]:
-                examples = data.encode(data.Sentences(words), tokenizer, seq_len)
+            while words := list(islice(rows, 4096)):
+                examples, cut = texts.encode(data.Sentences(words), unit, tokenizer, seq_len)
+                n_cut += cut
                 tags = evaluate.predict_tags(model, examples, words, labels, tokenizer.pad_token_id, accelerator,
                                              asked.batch_size)
                 for sentence, found in zip(words, tags, strict=True):
@@ -153,4 +158,6 @@ def predict_file(asked) -> int:
         write()
     else:
         save_atomic(Path(asked.output), write)
+    if n_cut:
+        print(f"{n_cut:,} {unit}s are longer than {seq_len} sub-words and were cut", file=sys.stderr)
     return 0

@@ -180,13 +180,14 @@ def windows(sizes: list[int], capacity: int) -> list[tuple[int, int, int, int]]:
 class Examples:
     """N windows of token ids, flat and ragged: window i is `input_ids[offsets[i]:offsets[i + 1]]`, of sentence
     `sentences[i]`. On the first sub-word of each owned word, `labels` holds the label's id and `words` the index of
-    the word in its sentence; elsewhere IGNORED and -1."""
+    the word in its sentence; elsewhere IGNORED and -1. Token types, where a tokenizer gives any, tell texts apart."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     words: np.ndarray
     offsets: np.ndarray
     sentences: np.ndarray
+    token_type_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.sentences)
@@ -246,13 +247,15 @@ def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str]) ->
 
 
 def collate(examples: Examples, indices, pad_id: int, width: int | None = None) -> dict[str, torch.Tensor]:
-    """One batch: input_ids, attention_mask, labels and words, each [B, S], S = `width` or the longest; windows [B]."""
+    """One batch: input_ids, attention_mask, labels, words and, if there are any, token_type_ids, each [B, S], S =
+    `width` or the longest; windows [B]."""
     lengths, indices = examples.lengths[indices], np.asarray(indices)
     column = np.arange(width or lengths.max())
     real = column < lengths[:, None]
     places = (examples.offsets[indices][:, None] + column)[real]
     batch = {"attention_mask": torch.from_numpy(real.astype(np.int64)), "windows": torch.from_numpy(indices)}
-    for name, padding in (("input_ids", pad_id), ("labels", IGNORED), ("words", -1)):
+    paddings = {"input_ids": pad_id, "labels": IGNORED, "words": -1, "token_type_ids": 0}
+    for name, padding in list(paddings.items())[: 3 if examples.token_type_ids is None else 4]:
         field = np.full(real.shape, padding, np.int64)
         field[real] = getattr(examples, name)[places]
         batch[name] = torch.from_numpy(field)

@@ -1,4 +1,4 @@
-"""How good: one prediction per word, strict entity F1 per sentence, per language and per type."""
+"""How good: one prediction per word, strict entity F1 per sentence, per language and per type; or one per text."""
 
 import itertools
 import statistics
@@ -9,9 +9,12 @@ import torch
 
 from xdistil import data, grouping, models
 
+# keys of scores, and what they are called
+MEANS = {"macro": "macro F1", "micro": "micro F1", "accuracy": "accuracy", "matthews": "Matthews"}
+
 
 def _best(model, batch: dict, accelerator) -> torch.Tensor:
-    inputs = {name: batch[name].to(accelerator.device) for name in ("input_ids", "attention_mask")}
+    inputs = models.model_inputs(model, batch, accelerator.device)
     with torch.inference_mode(), accelerator.autocast():
         return models.run_model(model, inputs)[0].argmax(-1).cpu()
 
@@ -27,14 +30,17 @@ def _batches(lengths: np.ndarray, batch_size: int, accelerator) -> list[tuple[np
 
 def predict_tags(model, examples: data.Examples, words: list[list[str]], labels: list[str], pad_id: int,
                  accelerator, batch_size: int = 64) -> list[list[str]]:
-    """The most probable label of every word, in input order: at its first sub-word, in the one window that owns it."""
+    """The most probable label of every word, in input order: at its first sub-word, in the one window that owns it. Of
+    a text or pair, see `texts`, one label."""
     tags = [["O"] * len(sentence) for sentence in words]
     model.eval()
     for rows, width in _batches(examples.lengths, batch_size, accelerator) if len(examples) else ():
         batch = data.collate(examples, rows, pad_id, width)
-        best, first = _best(model, batch, accelerator), batch["words"] >= 0
+        best = _best(model, batch, accelerator)
+        word_of = batch["words"][:, : best.shape[1]]
+        first = word_of >= 0
         sentences = examples.sentences[rows][first.nonzero()[:, 0].numpy()]
-        for sentence, word, label in zip(sentences, batch["words"][first].tolist(), best[first].tolist(), strict=True):
+        for sentence, word, label in zip(sentences, word_of[first].tolist(), best[first].tolist(), strict=True):
             tags[sentence][word] = labels[label]
     return tags
 
@@ -64,13 +70,31 @@ def score(gold: data.Sentences, predicted: list[list[str]]) -> dict:
             "by_language": by_language, "sentences": len(gold)}
 
 
+def score_classes(gold: data.Sentences, predicted: list[list[str]]) -> dict:
+    """Of texts or pairs: `macro`, the mean F1 over the classes that occur, and accuracy (0..1), Matthews correlation
+    (-1..1), F1 by class, macro F1 by language."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    wanted, found = (np.array([label for (label,) in tags]) for tags in (gold.tags, predicted))
+    classes, languages = np.union1d(wanted, found), np.array(gold.languages)
+    by_class = f1_score(wanted, found, labels=classes, average=None, zero_division=0).tolist()
+    by_language = {language or "all": f1_score(wanted[languages == language], found[languages == language],
+                                               average="macro", zero_division=0)
+                   for language in sorted(set(gold.languages))}
+    return {"macro": statistics.fmean(by_class), "accuracy": accuracy_score(wanted, found),
+            "matthews": float(matthews_corrcoef(wanted, found)), "by_language": by_language,
+            "by_class": dict(zip(classes.tolist(), by_class, strict=True)), "sentences": len(gold)}
+
+
 def retention(student: dict, teacher: dict) -> dict:
-    """Student F1 as a share of the teacher's: macro, micro and per language; None where the teacher has 0."""
+    """Student scores as a share of the teacher's: those of MEANS that there are, F1 per language; None where the
+    teacher has 0."""
     def share(s, t):
         return s / t if s is not None and t else None
 
     languages = {name: share(student["by_language"][name], f1) for name, f1 in teacher["by_language"].items()}
-    return {"by_language": languages, **{mean: share(student[mean], teacher[mean]) for mean in ("macro", "micro")}}
+    means = {mean: share(student[mean], teacher[mean]) for mean in MEANS if mean in teacher}
+    return {"by_language": languages, **means}
 
 
 def measure_speed(model, examples: data.Examples, pad_id: int, accelerator, n: int = 100) -> dict:

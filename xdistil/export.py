@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from xdistil.models import CheckpointError, load_config
+from xdistil.models import CheckpointError, load_config, reads_token_types, unit_of
 
 FILES = {"fp32": "model.onnx", "int8": "model-int8.onnx"}
 
@@ -20,12 +20,14 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, attention_mask):
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
 
 
 def export_onnx(model, folder: Path) -> dict[str, Path]:
-    """Write `model.onnx` and `model-int8.onnx` of a float32 classifier into a folder; batch and length are free.
+    """Write `model.onnx` and `model-int8.onnx` of a float32 classifier into a folder; batch and length are free. Token
+    types are an input where a classifier of pairs reads them.
 
     int8 quantises every weight per channel and activations as they come: per tensor costs agreement with the model.
     Raises ImportError naming the extra if onnx, onnxscript or onnxruntime are absent.
@@ -41,11 +43,14 @@ def export_onnx(model, folder: Path) -> dict[str, Path]:
     paths, free = {name: folder / file for name, file in FILES.items()}, torch.export.Dim.DYNAMIC
     ids, mask = torch.ones(2, 2, 8, dtype=torch.int64)  # a size of 1 would be taken for a constant
     mask[0, -1] = 0  # without padding the graph would have no mask
+    given = {"input_ids": ids, "attention_mask": mask}
+    if unit_of(model.config) == "pair" and reads_token_types(model):
+        given["token_type_ids"] = mask.clone()  # the same tensor would be the same input
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter about itself
-        program = torch.onnx.export(_Logits(model.cpu()).eval(), (ids, mask), dynamo=True, verbose=False,
-                                    input_names=["input_ids", "attention_mask"], output_names=["logits"],
-                                    dynamic_shapes=({0: free, 1: free},) * 2)
+        program = torch.onnx.export(_Logits(model.cpu()).eval(), tuple(given.values()), dynamo=True, verbose=False,
+                                    input_names=list(given), output_names=["logits"],
+                                    dynamic_shapes=({0: free, 1: free},) * len(given))
     fold_constants(program.model, input_size_limit=2**31, output_size_limit=2**31)  # int8 takes constants alone
     program.save(paths["fp32"], external_data=False)
     quantize_dynamic(paths["fp32"], paths["int8"], weight_type=QuantType.QInt8, per_channel=True)
@@ -73,7 +78,11 @@ class OnnxTagger:
         """Itself: there is no other mode."""
         return self
 
-    def __call__(self, input_ids, attention_mask, **_):
-        given = {"input_ids": input_ids.cpu().numpy(), "attention_mask": attention_mask.cpu().numpy()}
+    def forward(self, input_ids, attention_mask, token_type_ids=None, **_):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask,  # a tokenizer may give no types
+                 "token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids}
+        given = {one.name: given[one.name].cpu().numpy() for one in self.session.get_inputs()}
         logits = torch.from_numpy(self.session.run(None, given)[0])
         return SimpleNamespace(logits=logits, hidden_states=None, attentions=None)
+
+    __call__ = forward  # `models.run_model` looks at the inputs of `forward`

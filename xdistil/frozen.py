@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from xdistil.data import Examples, collate
 from xdistil.grouping import batches, grid
-from xdistil.models import run_model
+from xdistil.models import model_inputs, run_model
 from xdistil.unfreeze import encoder_layers, n_frozen_layers
 
 
@@ -22,8 +22,7 @@ class _Reached(Exception):
 
 def lower_states(model, batch: dict, n_layers: int) -> torch.Tensor:
     """What enters layer `n_layers` + 1, or leaves the base model if that is all of them: [B, S, H]."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    layers = encoder_layers(model)
+    inputs, layers = model_inputs(model, batch), encoder_layers(model)
     if n_layers == len(layers):
         return model.base_model(**inputs)[0]
 
@@ -44,7 +43,7 @@ def lower_states(model, batch: dict, n_layers: int) -> torch.Tensor:
 def starting_from(model, states: torch.Tensor, n_layers: int) -> Iterator[None]:
     """A forward pass of the model inside starts from these states: its first `n_layers` layers do nothing."""
     layers = encoder_layers(model)
-    if n_layers == len(layers):
+    if n_layers == len(layers) and getattr(model.base_model, "pooler", None) is None:  # a pooler has to run
         skipped = {model.base_model: lambda *_, **__: BaseModelOutput(last_hidden_state=states)}
     else:
         skipped = {layer: lambda *_, **__: states for layer in layers[:n_layers]}
@@ -105,7 +104,7 @@ class FrozenStates:
 
 
 def run_upper(model, batch: dict) -> torch.Tensor:
-    """Logits [B, S, C] of a batch, from its `frozen_states` where it has them."""
+    """Logits of a batch as `run_model` gives them, from its `frozen_states` where it has them."""
     if "frozen_states" not in batch:
         return run_model(model, batch)[0]
     with starting_from(model, batch["frozen_states"].float(), n_frozen_layers(model)):

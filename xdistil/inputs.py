@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from xdistil import data, demo_data, evaluate, grouping, models, tf_weights
+from xdistil import data, demo_data, evaluate, grouping, models, texts, tf_weights
 from xdistil.files import hash_file, read_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import STAGES, Run
@@ -83,11 +83,12 @@ def teacher_source(params: Params, run: Run) -> tuple[str, str]:
 def depends(params: Params, run: Run, name: str) -> dict:
     """Everything the result of a stage follows from, as flat names and values."""
     values, files, given = params.pick(*USES.get(name, ())), FILES.get(name, ()), given_teacher(params, run)
+    unit = {} if params.unit == "word" else {"unit": params.unit}
     if name == "teacher" and given:
         weights = fingerprint([_hash(path) for path in sorted(given.glob("*.safetensors")) or [given]])
-        values, files = {"teacher weights": weights, "seq_len": params.seq_len}, ("dev", "labels")
+        values, files = {"teacher weights": weights, "seq_len": params.seq_len, **unit}, ("dev", "labels")
     elif name == "teacher":
-        values |= {"teacher_epochs": params.teacher_epochs or params.ft_epochs,
+        values |= {"teacher_epochs": params.teacher_epochs or params.ft_epochs, **unit,
                    "teacher_model_dir": params.teacher_model_dir}  # where it is written
     elif name == "logits" and params.hard_label_weight:
         values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
@@ -104,14 +105,20 @@ def is_done(params: Params, run: Run, name: str) -> bool:
 
 class Inputs:
     """Tokenizer of the teacher (the fine-tuned one as soon as there is one), labels in its order, and encoded files of
-    a run, read when first used. Raises CheckpointError if a fine-tuned teacher has other labels."""
+    a run, read when first used. Raises CheckpointError if a fine-tuned teacher has another task or other labels."""
 
     def __init__(self, params: Params, run: Run):
         self.params, self.run, self.read = params, run, functools.cache(self._encoded)
         source, parameter = teacher_source(params, run)
-        self.labels = data.read_labels(task_file(params, run, "labels"))
+        self.words = params.unit == "word"
+        self.listed = self.labels = (data.read_labels if self.words else texts.read_classes)(
+            task_file(params, run, "labels"))
         if parameter == "teacher_model_dir":
-            known = models.load_config(source, parameter).id2label
+            config = models.load_config(source, parameter)
+            known = config.id2label
+            if (models.unit_of(config) == "word") != self.words:
+                raise models.CheckpointError(f"{parameter}: {source} is a {config.architectures}, but do_NER is "
+                                             f"{params.do_NER}; give a teacher of this task, or change do_NER")
             if set(known.values()) != set(self.labels):
                 raise models.CheckpointError(f"{parameter}: {source} has labels {sorted(known.values())}, labels.tsv "
                                              f"{sorted(self.labels)}; give a teacher of this task")
@@ -122,24 +129,36 @@ class Inputs:
     def sentences(self, name: str) -> data.Sentences:
         """The sentences of train, dev, test or transfer. Raises DataError naming file and line."""
         path, p = task_file(self.params, self.run, name), self.params
-        if name == "transfer":
-            return data.read_text(path, p.transfer_limit, p.seed)
-        return data.read_tagged(path, self.labels, p.train_limit if name == "train" else None, p.seed)
+        limit = {"transfer": p.transfer_limit, "train": p.train_limit}.get(name)
+        if not self.words:
+            return texts.read_texts(path, p.unit, () if name == "transfer" else self.listed, limit, p.seed)
+        return (data.read_text(path, limit, p.seed) if name == "transfer"
+                else data.read_tagged(path, self.labels, limit, p.seed))
+
+    def encode(self, sentences: data.Sentences, name: str = "text") -> data.Examples:
+        """Windows of sentences; says how many texts or pairs were cut."""
+        unit, seq_len = self.params.unit, self.params.seq_len
+        examples, n_cut = texts.encode(sentences, unit, self.tokenizer, seq_len, self.labels)
+        if n_cut:
+            print(f"[data] {name}: {n_cut:,} of {len(sentences):,} {unit}s are longer than seq_len {seq_len} and cut",
+                  flush=True)
+        return examples
 
     def _encoded(self, name: str) -> tuple[data.Sentences, data.Examples]:
         sentences = self.sentences(name)
-        return sentences, data.encode(sentences, self.tokenizer, self.params.seq_len, self.labels)
+        return sentences, self.encode(sentences, name)
 
     def score(self, model, name: str, accelerator) -> tuple[dict, list[list[str]]]:
         """Scores on train, dev or test, and the predicted tags."""
         gold, examples = self.read(name)
         tags = evaluate.predict_tags(model, examples, gold.words, self.labels, self.pad_id, accelerator)
-        return evaluate.score(gold, tags), tags
+        return (evaluate.score if self.words else evaluate.score_classes)(gold, tags), tags
 
     def dev_f1(self, accelerator, model) -> dict:
-        """Macro F1 over languages on dev, as `fit` takes it."""
+        """Macro F1 on dev, over languages or of texts over classes, as `fit` takes it."""
         scores, _ = self.score(model, "dev", accelerator)
-        return {"metric": "dev macro F1", "score": scores["macro"], "micro": scores["micro"]}
+        others = {name: scores[name] for name in evaluate.MEANS if name in scores and name != "macro"}
+        return {"metric": "dev macro F1", "score": scores["macro"], **others}
 
     def labelled(self, batch_size: int, accelerator, name: str = "train") -> Feed:
         """The training set, or dev, as a feed for `fit`."""

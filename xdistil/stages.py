@@ -7,7 +7,6 @@ import time
 from importlib import resources
 
 import numpy as np
-import transformers
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
@@ -73,22 +72,24 @@ def _fit(params: Params, stage: Stage, accelerator, model, terms, feed, judge, e
 
 
 def _load_teacher(params: Params, run: Run, inputs: Inputs):
-    return models.load_classifier(teacher_source(params, run)[0], inputs.labels, "teacher_model_dir").eval()
+    source, _ = teacher_source(params, run)
+    return models.load_classifier(source, inputs.labels, "teacher_model_dir", params.unit).eval()
 
 
 def _load_student(run: Run, name: str, inputs: Inputs, device="cpu"):
-    return models.load_classifier(run.stage(name).dir, inputs.labels, "model_dir").to(device)
+    return models.load_classifier(run.stage(name).dir, inputs.labels, "model_dir", inputs.params.unit).to(device)
 
 
 def _label_terms(model, batch):
-    return {"labels": losses.tag_loss(run_upper(model, batch), batch["labels"])}
+    logits = run_upper(model, batch)
+    return {"labels": losses.tag_loss(logits, batch["labels"][:, : logits.shape[1]])}
 
 
 @_stage
 def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     """1. Fine-tune the teacher on labels; or score the one in teacher_model_dir, which stays as it is."""
     (source, parameter), inputs, summary = teacher_source(params, run), Inputs(params, run), {}
-    teacher = models.load_classifier(source, inputs.labels, parameter).to(accelerator.device)
+    teacher = models.load_classifier(source, inputs.labels, parameter, params.unit).to(accelerator.device)
     if parameter == "teacher_model_dir":
         stage.say(f"fine-tuning skipped: {source} holds a fine-tuned teacher")
     else:
@@ -177,12 +178,14 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     if params.projection_gelu:
         head = "new: none can be folded through GELU"
     elif top in projected:
-        students.fold_head(student, teacher, dict(projections.items()).get(str(top[0])))
+        projection = dict(projections.items()).get(str(top[0]))
         head += "as stage 1 trained them"
     else:  # no loss asked for the teacher's own states at the top
-        students.fold_head(student, teacher, students.fit_projection(student, teacher, inputs.read("transfer")[1],
-                           np.concatenate(windows[0]), inputs.pad_id, accelerator))
+        projection = students.fit_projection(student, teacher, inputs.read("transfer")[1], np.concatenate(windows[0]),
+                                             inputs.pad_id, accelerator)
         head += "mapped by least squares"
+    if not params.projection_gelu and not students.fold_head(student, teacher, projection):
+        head = "its own, to be trained"
     stage.say(f"the student's head is {head}")
     found = _save_student(stage, student, inputs, accelerator)
     tensors = {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}
@@ -212,7 +215,8 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
 
     def terms(model, batch):
         logits = run_upper(model, batch)
-        values = {"logits": loss[params.logit_loss](logits, batch["teacher_logits"], batch["attention_mask"])}
+        mask = batch["attention_mask"][:, : logits.shape[1]]
+        values = {"logits": loss[params.logit_loss](logits, batch["teacher_logits"], mask)}
         return values | (_label_terms(model, part(batch, "labelled_")) if params.hard_label_weight else {})
 
     weights = {"labels": params.hard_label_weight}
@@ -272,18 +276,21 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
     inputs, metrics = Inputs(params, run), run.stage("evaluation").metrics
     student = _load_student(run, "labels", inputs)
     inputs.tokenizer.model_max_length = params.seq_len  # positions past it were never trained
+    if not models.reads_token_types(student):  # else transformers would hand it the token types of the teacher
+        inputs.tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
     models.save_model(student, inputs.tokenizer, stage.dir)
-    again = transformers.AutoModelForTokenClassification.from_pretrained(stage.dir)
+    again = models.AUTO_CLASSES[params.unit].from_pretrained(stage.dir)
     tags = [inputs.score(model.to(accelerator.device), "dev", accelerator)[1] for model in (student, again)]
     if tags[0] != tags[1]:
         raise RuntimeError(f"{stage.dir} does not reproduce the student's predictions on dev")
-    card = resources.files("xdistil").joinpath("model_card.md").read_text(encoding="utf-8")
+    card = "model_card.md" if inputs.words else "model_card_texts.md"
+    card = resources.files("xdistil").joinpath(card).read_text(encoding="utf-8")
     save_text(stage.dir / "README.md", card.format(
         parameters=models.size_of(student)["parameters"], labels=", ".join(inputs.labels), seq_len=params.seq_len,
         teacher=params.pt_teacher_checkpoint.split("/")[-1], f1=metrics["student"]["test"]["macro"],
-        kept=metrics["retention"]["macro"] or 0,
+        kept=metrics["retention"]["macro"] or 0, scores=metrics["student"]["test"],
         registers="import xdistil  # knows the BiLSTM\n    " if students.is_bilstm(student.config) else ""))
-    found = {"same_predictions": True, "dev_words": sum(map(len, tags[0]))}
+    found = {"same_predictions": True, f"dev_{params.unit}s": sum(map(len, tags[0]))}
     return found | ({"onnx": _export_onnx(stage, student, inputs, accelerator)} if params.onnx else {})
 
 

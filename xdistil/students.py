@@ -87,9 +87,9 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
                   compress: bool) -> tuple[nn.Module, str]:
     """The student on the teacher's vocabulary, and where its word embeddings come from. Raises CheckpointError if a
     checkpoint's vocabulary is not the teacher's and `compress` is off."""
-    words, origin = word_embedding(teacher), "random"
+    words, origin, unit = word_embedding(teacher), "random", models.unit_of(teacher.config)
     if init == "checkpoint":
-        student = models.load_classifier(checkpoint, labels, "pt_student_checkpoint")
+        student = models.load_classifier(checkpoint, labels, "pt_student_checkpoint", unit)
         new, origin = word_embedding(student).clone(), "the student's own"
         other = models.load_tokenizer(checkpoint, "pt_student_checkpoint")
         if other.get_vocab() != tokenizer.get_vocab():
@@ -105,7 +105,7 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
     else:
         config.vocab_size = len(words)
         config.id2label, config.label2id = teacher.config.id2label, teacher.config.label2id
-        student = models.from_config(config)
+        student = models.from_config(config, unit)
         if init == "teacher_layers":
             copy_layers(teacher, student)
             origin = "the teacher's"
@@ -177,12 +177,21 @@ def fit_projection(student, teacher, examples: data.Examples, windows: np.ndarra
 
 
 @torch.no_grad()
-def fold_head(student, teacher, projection: nn.Linear | None) -> None:
+def fold_head(student, teacher, projection: nn.Linear | None) -> bool:
     """Give the student the teacher's classifier composed with the projection of the top layer: W = W_t P and
-    b = W_t b_P + b_t. Its logits are the teacher's on projected states, and what is deployed is a standard model."""
+    b = W_t b_P + b_t. Its logits are the teacher's on projected states, and what is deployed is a standard model. The
+    head of a text or pair has a layer inside, with which no projection composes: without one it is copied where all
+    shapes are equal, else left as it is. Returns whether the head is now the teacher's."""
+    if models.unit_of(student.config) != "word":
+        ours, theirs = map(head_parameters, (student, teacher))
+        fits = projection is None and [p.shape for p in ours] == [p.shape for p in theirs]
+        for own, other in zip(ours, theirs, strict=True) if fits else ():
+            own.copy_(other)
+        return fits
     goal, head = head_of(student), head_of(teacher)
     goal.weight.copy_(head.weight @ projection.weight if projection else head.weight)
     goal.bias.copy_(head.weight @ projection.bias + head.bias if projection else head.bias)
+    return True
 
 
 def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss: str, relation_heads=None):

@@ -1,6 +1,7 @@
 """What the teacher says of a chunk: computed in the first pass over it, kept without padding, read back per batch.
 Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `qkv` [T, P, 3, H_t] and `attention` (each window's P x A x S x
-S maps, end to end), in bfloat16, and `logits` [T, C] in float32, which all caches but "none" keep for later stages."""
+S maps, end to end), in bfloat16, and `logits` [T, C], or [N, C] of N texts or pairs, in float32, which all caches but
+"none" keep for later stages."""
 
 import ctypes
 import functools
@@ -19,7 +20,7 @@ import torch
 from xdistil.data import Examples, collate
 from xdistil.files import read_json, save_json
 from xdistil.grouping import batches, grid
-from xdistil.models import keep_qkv, run_model
+from xdistil.models import keep_qkv, model_inputs, run_model, unit_of
 
 # bfloat16 has the range of float32: no outlying dimension overflows
 DTYPES = dict.fromkeys(("hidden", "attention", "qkv"), torch.bfloat16) | {"logits": torch.float32}
@@ -38,7 +39,8 @@ class TargetSpec:
     def shapes(self, lengths: np.ndarray, config) -> dict[str, tuple[int, ...]]:
         """Array shape of each kind for windows of these lengths."""
         tokens, squares = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
-        shapes = {"hidden": (tokens, len(self.hidden), config.hidden_size), "logits": (tokens, config.num_labels),
+        answers = tokens if unit_of(config) == "word" else len(lengths)
+        shapes = {"hidden": (tokens, len(self.hidden), config.hidden_size), "logits": (answers, config.num_labels),
                   "attention": (squares * len(self.attention) * config.num_attention_heads,),
                   "qkv": (tokens, len(self.qkv), 3, config.hidden_size)}
         return {kind: shape for kind, shape in shapes.items() if np.prod(shape)}
@@ -91,8 +93,10 @@ class Targets:
         start = int(self.corners[row]) * each
         return self.arrays["attention"][start : start + each * n * n].view(n_layers, n_heads, n, n)
 
-    def _tokens(self, rows: np.ndarray, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places of the windows' tokens in the arrays, [B, width], and which of them are real."""
+    def _places(self, array: torch.Tensor, rows: np.ndarray, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places of the windows' tokens in an array, [B, width], and which are real; [B, 1] where it has N rows."""
+        if len(array) == len(self.lengths):
+            return torch.from_numpy(rows)[:, None], torch.ones(len(rows), 1, dtype=torch.bool)
         column = np.arange(width)
         places = self.starts[rows, None] + np.minimum(column, self.lengths[rows, None] - 1)
         return torch.from_numpy(places), torch.from_numpy(column < self.lengths[rows, None])
@@ -105,7 +109,7 @@ class Targets:
                     n = int(self.lengths[row])
                     self._maps(row, *maps.shape[:2]).copy_(maps[..., :n, :n])
             else:
-                places, real = self._tokens(rows, padded.shape[1])
+                places, real = self._places(self.arrays[kind], rows, padded.shape[1])
                 self.arrays[kind].index_copy_(0, places[real], padded[real])
 
     def padded(self, rows: np.ndarray, width: int, n_heads: int) -> dict[str, torch.Tensor]:
@@ -119,7 +123,7 @@ class Targets:
                     n = int(self.lengths[row])
                     maps[..., :n, :n].copy_(self._maps(row, n_layers, n_heads))
             else:
-                places, _ = self._tokens(rows, width)
+                places, _ = self._places(array, rows, width)
                 found[kind] = array.index_select(0, places.flatten()).view(*places.shape, *array.shape[1:])
         return found
 
@@ -170,7 +174,7 @@ class TargetStore:
     def ask(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's outputs for a batch of `collate`, rounded as they are stored, on the accelerator."""
         teacher, spec, self.asked = self.load_teacher(), self.spec, self.asked + len(batch["input_ids"])
-        inputs = {name: batch[name].to(self.accelerator.device) for name in ("input_ids", "attention_mask")}
+        inputs = model_inputs(teacher, batch, self.accelerator.device)
         with torch.inference_mode(), self.accelerator.autocast(), keep_qkv(teacher, spec.qkv) as qkv:
             logits, states, maps = run_model(teacher, inputs, bool(spec.hidden), bool(spec.attention))
         found = {"logits": logits.float()}

@@ -10,8 +10,8 @@ import torch
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")  # whose names are known here
 SUFFIXES = (".h5", ".index")
-UNUSED = re.compile(  # poolers, heads of pre-training, what optimisers keep
-    r"(^|/)pooler/|^cls/|^lm_head/|^(discriminator|generator)_(predictions|lm_head)/|^vocab_(transform|layer_norm|"
+UNUSED = re.compile(  # heads of pre-training, what optimisers keep
+    r"^cls/|^lm_head/|^(discriminator|generator)_(predictions|lm_head)/|^vocab_(transform|layer_norm|"
     r"projector)/|/(adam_[mv]|Adam(_1)?)$|^(global_step|beta[12]_power)$")
 RENAMES = (
     (r"/layer_(?:\._)?(\d+)/", r"/layer/\1/"), (r"(_embeddings)(/embeddings)?$", r"\1/weight"),

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xdistil import data, models, stages, students
+from xdistil import data, evaluate, models, stages, students
 from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs, teacher_source
 from xdistil.params import Params, Table
@@ -11,21 +11,22 @@ from xdistil.runs import Run, Stage
 
 
 def describe(params: Params, run: Run) -> list[Table]:
-    """Tables of the task: counts and lengths per file, words per label, sentences found in two files."""
+    """Tables of the task: counts and lengths per file, words (or texts) per label, sentences found in two files."""
     inputs, files, texts, tags = Inputs(params, run), [], {}, {}
     for name in ("train", "dev", "test", "transfer"):
         sentences, examples = inputs.read(name)
         texts[name] = set(map(" ".join, sentences.words))
         tags[name] = [tag for sentence in sentences.tags or () for tag in sentence]
         median, most, longest = map(int, np.quantile(examples.lengths, (0.5, 0.95, 1.0)))
-        files.append({"file": name, "sentences": len(sentences), "words": sum(map(len, sentences.words)),
+        files.append({"file": name, "sentences": len(sentences),
+                      "words": sum(len(" ".join(words).split()) for words in sentences.words),
                       "languages": len(set(sentences.languages) - {""}) or None, "windows": len(examples),
                       "sub-words a window: median": median, "95 %": most, "longest": longest})
     counts = [{"label": label, **{name: tags[name].count(label) for name in tags if tags[name]}}
               for label in inputs.labels]
     overlap = [{"in both": f"{a} and {b}", "sentences": len(texts[a] & texts[b])}
                for a in ("transfer", "train") for b in ("dev", "test")]
-    return [Table(files, f"{params.task}, seq_len {params.seq_len}"), Table(counts, "words per label"),
+    return [Table(files, f"{params.task}, seq_len {params.seq_len}"), Table(counts, f"{params.unit}s per label"),
             Table(overlap, "sentences in two files")]
 
 
@@ -36,7 +37,7 @@ def needs(params: Params, run: Run) -> Table:
     outputs = spec.n_bytes(Inputs(params, run).read("transfer")[1].lengths, teacher) / 1e9
     student.vocab_size = teacher.vocab_size
     with torch.device("meta"):
-        large, small = (models.from_config(c).num_parameters() * 4 / 1e9 for c in (teacher, student))
+        large, small = (models.from_config(c, params.unit).num_parameters() * 4 / 1e9 for c in (teacher, student))
     rows = {"memory: teacher weights": large, "memory: fine-tuning the teacher, without activations": 4 * large,
             "memory: training the student, without activations": 4 * small, "disk: teacher outputs, all": outputs,
             "disk: teacher outputs kept (targets_cache_gb)": min(outputs, params.targets_cache_gb)}
@@ -44,10 +45,11 @@ def needs(params: Params, run: Run) -> Table:
 
 
 def scores(stage: Stage) -> Table:
-    """F1 of a stage on dev, per language and in the mean."""
+    """F1 of a stage on dev, per language and in the mean; of texts and pairs also accuracy and Matthews."""
     found = stage.metrics["dev"]
-    rows = {**found["by_language"], "macro mean": found["macro"], "micro mean": found["micro"]}
-    return Table([{"dev": name, "F1 (%)": f1 and 100 * f1} for name, f1 in rows.items()])
+    rows = found["by_language"] | {title: found[mean] for mean, title in evaluate.MEANS.items() if mean in found}
+    score = "%" if "accuracy" in found else "F1 (%)"
+    return Table([{"dev": name, score: x and 100 * x} for name, x in rows.items()])
 
 
 def sizes(run: Run) -> Table:
@@ -69,7 +71,7 @@ def results(run: Run) -> Table:
     f1, goal = student["test"], teacher["test"]
     rows = [(f"F1 {language}", goal["by_language"][language], f1["by_language"][language], share)
             for language, share in kept["by_language"].items()]
-    rows += [(f"{mean} F1", goal[mean], f1[mean], kept[mean]) for mean in ("macro", "micro")]
+    rows += [(title, goal[mean], f1[mean], kept[mean]) for mean, title in evaluate.MEANS.items() if mean in kept]
     rows = [(f"{title} (%)", *(x and 100 * x for x in values)) for title, *values in rows]
     rows += [(title, teacher[key], student[key], 100 * student[key] / teacher[key]) for title, key in (
         ("parameters", "parameters"), ("without embeddings", "non_embedding"), ("MB on disk", "mb"),
@@ -79,15 +81,15 @@ def results(run: Run) -> Table:
 
 def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
     """Attention in the top layers of the teacher and of a stage's student (on the CPU): tokens [S], teacher [A_t, S,
-    S], student [A_s, S, S], NaN if it is a BiLSTM. `text`: one sentence, words separated by spaces; default: a dev
-    sentence with entities."""
+    S], student [A_s, S, S], NaN if it is a BiLSTM. `text`: one sentence, words separated by spaces, a text, or a pair
+    with a tab between; default: a dev sentence with entities, or the first text."""
     inputs = Inputs(params, run)
-    words = text.split() if text else data.typical_sentence(inputs.read("dev")[0])
-    examples = data.encode(data.Sentences([words]), inputs.tokenizer, params.seq_len)
+    given = (text.split() if inputs.words else [text]) if text else data.typical_sentence(inputs.read("dev")[0])
+    examples = inputs.encode(data.Sentences([given]))
     batch = data.collate(examples, [0], inputs.pad_id)
     found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
     for name, folder in (("teacher", teacher_source(params, run)[0]), ("student", run.stage(stage).dir)):
-        model = models.load_classifier(folder, inputs.labels, "model_dir").eval()
+        model = models.load_classifier(folder, inputs.labels, "model_dir", params.unit).eval()
         if students.is_bilstm(model.config):
             found[name] = np.full((1, *[len(found["tokens"])] * 2), np.nan)
             continue
@@ -95,6 +97,15 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
         with torch.inference_mode():
             found[name] = models.run_model(model, batch, False, True)[2][-1][0].numpy()
     return found
+
+
+def trial(params: Params, run: Run) -> tuple[str, object, dict]:
+    """What transformers' pipeline needs to try the student: its task, an input, its options."""
+    if params.unit == "word":
+        text = "Angela Braun moved from Lisbon to work for Siemens AG in Hamburg ."
+        return "token-classification", text, {"aggregation_strategy": "first"}
+    texts = Inputs(params, run).sentences("dev").words[0][0].split("\t")
+    return "text-classification", dict(zip(("text", "text_pair"), texts, strict=False)), {"truncation": True}
 
 
 def onnx(stage: Stage) -> Table:
