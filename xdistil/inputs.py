@@ -110,13 +110,13 @@ class Inputs:
     def __init__(self, params: Params, run: Run):
         self.params, self.run, self.read = params, run, functools.cache(self._encoded)
         source, parameter = teacher_source(params, run)
-        self.words = params.unit == "word"
-        self.listed = self.labels = (data.read_labels if self.words else texts.read_classes)(
+        self.by_word = params.unit == "word"
+        self.listed = self.labels = (data.read_labels if self.by_word else texts.read_classes)(
             task_file(params, run, "labels"))
         if parameter == "teacher_model_dir":
             config = models.load_config(source, parameter)
             known = config.id2label
-            if (models.unit_of(config) == "word") != self.words:
+            if (models.unit_of(config) == "word") != self.by_word:
                 raise models.CheckpointError(f"{parameter}: {source} is a {config.architectures}, but do_NER is "
                                              f"{params.do_NER}; give a teacher of this task, or change do_NER")
             if set(known.values()) != set(self.labels):
@@ -130,7 +130,7 @@ class Inputs:
         """The sentences of train, dev, test or transfer. Raises DataError naming file and line."""
         path, p = task_file(self.params, self.run, name), self.params
         limit = {"transfer": p.transfer_limit, "train": p.train_limit}.get(name)
-        if not self.words:
+        if not self.by_word:
             return texts.read_texts(path, p.unit, () if name == "transfer" else self.listed, limit, p.seed)
         return (data.read_text(path, limit, p.seed) if name == "transfer"
                 else data.read_tagged(path, self.labels, limit, p.seed))
@@ -152,7 +152,7 @@ class Inputs:
         """Scores on train, dev or test, and the predicted tags."""
         gold, examples = self.read(name)
         tags = evaluate.predict_tags(model, examples, gold.words, self.labels, self.pad_id, accelerator)
-        return (evaluate.score if self.words else evaluate.score_classes)(gold, tags), tags
+        return (evaluate.score if self.by_word else evaluate.score_classes)(gold, tags), tags
 
     def dev_f1(self, accelerator, model) -> dict:
         """Macro F1 on dev, over languages or of texts over classes, as `fit` takes it."""

@@ -197,10 +197,14 @@ def halve_layers(model):
     return model
 
 
+@functools.cache
+def _takes_token_types(kind: type) -> bool:
+    return "token_type_ids" in inspect.signature(kind.forward).parameters
+
+
 def reads_token_types(model) -> bool:
     """Whether the model tells two texts apart by token types."""
-    return ("token_type_ids" in inspect.signature(model.forward).parameters
-            and getattr(model.config, "type_vocab_size", 2) > 1)
+    return _takes_token_types(type(model)) and getattr(model.config, "type_vocab_size", 2) > 1
 
 
 def model_inputs(model, batch: dict, device=None) -> dict:

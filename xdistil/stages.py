@@ -283,7 +283,7 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
     tags = [inputs.score(model.to(accelerator.device), "dev", accelerator)[1] for model in (student, again)]
     if tags[0] != tags[1]:
         raise RuntimeError(f"{stage.dir} does not reproduce the student's predictions on dev")
-    card = "model_card.md" if inputs.words else "model_card_texts.md"
+    card = "model_card.md" if inputs.by_word else "model_card_texts.md"
     card = resources.files("xdistil").joinpath(card).read_text(encoding="utf-8")
     save_text(stage.dir / "README.md", card.format(
         parameters=models.size_of(student)["parameters"], labels=", ".join(inputs.labels), seq_len=params.seq_len,

@@ -11,7 +11,7 @@ from torch import nn
 from xdistil import data, embeddings, losses, models
 from xdistil.bilstm import BiLstmConfig
 from xdistil.grouping import batches, grid
-from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
+from xdistil.unfreeze import encoder_layers, head_parameters, layer_groups, word_embedding
 
 
 def student_config(teacher_config, init: str, checkpoint: str | None, arch: str = "transformer",

@@ -17,16 +17,22 @@ def word_embedding(model: nn.Module) -> nn.Parameter:
     return model.get_input_embeddings().weight
 
 
-def _below_head(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the base model; but its pooler belongs to the head, for only the head of a sequence reads it."""
-    return [p for name, p in model.base_model.named_parameters() if "pooler" not in name]
+def _below_head(model: nn.Module) -> set[int]:
+    """Ids of the base model's parameters; but its pooler belongs to the head, as nothing else reads it."""
+    return {id(p) for name, p in model.base_model.named_parameters() if "pooler" not in name}
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What stands on the last hidden states: the classifier, of texts and pairs with the layer that it reads."""
+    below = _below_head(model)
+    return [p for p in model.parameters() if id(p) not in below]
 
 
 def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
     """Parameter names in groups, top to bottom: head, layer_L ... layer_1, embeddings."""
     layers = encoder_layers(model)
     layer_of = {id(p): f"layer_{i}" for i, layer in enumerate(layers, 1) for p in layer.parameters()}
-    below = set(map(id, _below_head(model)))
+    below = _below_head(model)
     groups = {name: [] for name in ("head", *(f"layer_{i}" for i in range(len(layers), 0, -1)), "embeddings")}
     for name, parameter in model.named_parameters():
         groups[layer_of.get(id(parameter), "embeddings" if id(parameter) in below else "head")].append(name)
@@ -63,7 +69,7 @@ def learning_mode(module: nn.Module, holder_learns: bool = True) -> None:
 def n_frozen_layers(model: nn.Module) -> int:
     """How many layers lie below everything that learns; 0 if the embeddings learn."""
     layers = encoder_layers(model)
-    learning = {id(p) for p in _below_head(model) if p.requires_grad}
+    learning = {id(p) for p in model.parameters() if p.requires_grad} & _below_head(model)
     of_layer = [{id(p) for p in layer.parameters()} for layer in layers]
     if learning - set().union(*of_layer):
         return 0

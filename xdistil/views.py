@@ -84,7 +84,7 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
     S], student [A_s, S, S], NaN if it is a BiLSTM. `text`: one sentence, words separated by spaces, a text, or a pair
     with a tab between; default: a dev sentence with entities, or the first text."""
     inputs = Inputs(params, run)
-    given = (text.split() if inputs.words else [text]) if text else data.typical_sentence(inputs.read("dev")[0])
+    given = (text.split() if inputs.by_word else [text]) if text else data.typical_sentence(inputs.read("dev")[0])
     examples = inputs.encode(data.Sentences([given]))
     batch = data.collate(examples, [0], inputs.pad_id)
     found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
