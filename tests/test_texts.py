@@ -286,13 +286,13 @@ def test_frozen_layers_are_not_recomputed_and_change_nothing(family, base, pairs
 
 def test_only_a_head_that_fits_is_copied(base):
     teacher, same, narrow = (build(f, width) for f, width in (("roberta", 24), ("bert", 24), ("bert", 16)))
-    assert students.fold_head(same, teacher, None) == "the teacher's"
+    assert students.fold_head(same, teacher, None)
     states = torch.randn(5, 7, 24)
     with torch.no_grad():  # both are dense, tanh, linear
         pooled = same.bert.pooler(states)
         assert torch.allclose(same.classifier(pooled), teacher.classifier(states), atol=1e-6)
     before = {name: weight.clone() for name, weight in narrow.state_dict().items()}
-    assert "the student's own" in students.fold_head(narrow, teacher, torch.nn.Linear(16, 24))
+    assert not students.fold_head(narrow, teacher, torch.nn.Linear(16, 24))
     assert all(torch.equal(weight, before[name]) for name, weight in narrow.state_dict().items())
 
 
@@ -398,7 +398,7 @@ def test_onnx_answers_as_torch(run, unit, tmp_path, capsys):
     inputs = Inputs(run.params, run)
     model = models.load_classifier(student, inputs.labels, "STUDENT_DIR", unit).eval()
     tagger, (gold, examples) = export.OnnxTagger(student, "fp32"), inputs.read("test")
-    for rows in data.batches(examples.lengths, 7):
+    for rows in np.split(np.arange(len(examples)), 4):
         batch = data.collate(examples, rows, inputs.pad_id)
         with torch.no_grad():
             (a, *_), (b, *_) = models.run_model(model, batch), models.run_model(tagger, batch)
@@ -446,7 +446,7 @@ def test_another_task_on_the_same_teacher_is_refused(run, toy, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family, changes, head", [
     ("roberta", {"student_init": "scratch", "hidden_size": 24}, "the teacher's"),
-    ("electra", {"student_init": "scratch", "hidden_size": 16}, "the student's own"),
+    ("electra", {"student_init": "scratch", "hidden_size": 16}, "its own"),
     ("bert", {"student_init": "teacher_layers"}, "the teacher's"),
     ("bert", {"pt_student_checkpoint": "distilbert", "student_init": "auto"}, "the teacher's")])
 def test_other_families_go_all_the_way_with_pairs(family, changes, head, base, tmp_path):

@@ -1,5 +1,6 @@
 """TensorFlow teachers: what TensorFlow computed is computed again, and files that are not whole are refused."""
 
+import copy
 import json
 import re
 import shutil
@@ -28,6 +29,7 @@ from xdistil.models import (
 )
 from xdistil.runs import Run
 from xdistil.tf_weights import find_checkpoint, masked_crc32c, read_checkpoint
+from xdistil.unfreeze import head_parameters
 
 DATA = Path(__file__).parent / "data" / "tf"
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -188,6 +190,27 @@ def test_each_familys_names_are_known(family, tmp_path):
     model = from_config(CONFIGS[family])
     path = write_h5(model, tmp_path / "tf_model.h5", LEFT_OVER[family])
     assert len(same_weights(load_classifier(path, LABELS, "x"), model)) == len(model.state_dict())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_classifiers_of_texts_are_read_with_all_of_their_head(family, tmp_path):
+    model = from_config(copy.deepcopy(CONFIGS[family]), "text")
+    path, n = write_h5(model, tmp_path / "tf_model.h5"), len(model.state_dict())
+    assert len(same_weights(load_classifier(path, LABELS, "x", "text"), model)) == n
+    head = head_parameters(model)
+    with h5py.File(path, "a") as file:
+        for name in ("classifier", "pre_classifier"):
+            file.pop(name, None)
+    pooled = family == "bert"  # its pooler was trained before, and is part of the encoder's file
+    found = same_weights(load_classifier(path, LABELS, "x", "text"), model)
+    zero = sum(not p.any() for p in head)  # fresh biases are equal
+    assert n - len(head) + 2 * pooled <= len(found) <= n - len(head) + 2 * pooled + zero
+
+
+def test_a_pooler_missing_beside_its_classifier_is_named(tmp_path):
+    path = write_h5(from_config(copy.deepcopy(CONFIGS["bert"])), tmp_path / "tf_model.h5")
+    with pytest.raises(CheckpointError, match="2 weights: bert.pooler.dense.bias is missing"):
+        load_classifier(path, LABELS, "x", "text")
 
 
 def test_the_head_is_new_where_there_is_none_or_for_other_labels(small, bundle, tmp_path):
@@ -356,7 +379,8 @@ def test_a_tf1_teacher_is_fine_tuned_and_then_like_any_other(tf1_folder, tmp_pat
     found = load_file(run.dir / "teacher/model.safetensors")
     start = read_checkpoint(find_checkpoint(tf1_folder))
     assert found.keys() - start.keys() == {"classifier.weight", "classifier.bias"}
-    assert all((found[name] - start[name]).abs().max() < 1e-3 for name in start)  # so small is its learning rate
+    assert start.keys() - found.keys() == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert all((found[name] - start[name]).abs().max() < 1e-3 for name in start.keys() & found.keys())  # its rate
     tokenizer = load_tokenizer(run.dir / "teacher")
     assert tokenizer.tokenize("Anna") != tokenizer.tokenize("anna")  # cased, and kept as such
     assert run.stage("teacher").done["tf_model_check"] is True

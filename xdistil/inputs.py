@@ -116,7 +116,7 @@ class Inputs:
         if parameter == "teacher_model_dir":
             config = models.load_config(source, parameter)
             known = config.id2label
-            if (models.unit_of(config) == "word") != self.by_word:
+            if config.architectures and (models.unit_of(config) == "word") != self.by_word:
                 raise models.CheckpointError(f"{parameter}: {source} is a {config.architectures}, but do_NER is "
                                              f"{params.do_NER}; give a teacher of this task, or change do_NER")
             if set(known.values()) != set(self.labels):

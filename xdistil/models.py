@@ -113,8 +113,9 @@ def _load_tf(path: Path, names: dict, parameter: str, unit: str, **options):
         state = tf_weights.read_checkpoint(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{parameter}: {error}") from None
-    loaders = getattr(transformers, f"MODEL_FOR_{'TOKEN' if unit == 'word' else 'SEQUENCE'}_CLASSIFICATION_MAPPING")
-    model, found = loaders[type(config)].from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
+    kind = "TOKEN" if unit == "word" else "SEQUENCE"
+    loader = getattr(transformers, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING")[type(config)]
+    model, found = loader.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
     head = {name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix)}
     missing = found["missing_keys"]  # a pooler is of pre-training, or belongs to the head
     new = {name for name in missing if name in head or ".pooler." in name} if head <= missing else set()
