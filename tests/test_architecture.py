@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "xdistil").glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
 LEVELS = [  # a module may import those of lower levels only
-    {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "spans"},
+    {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
+     "spans"},
     {"runs", "devices", "data", "demo_data", "models"},
     {"texts", "students", "targets", "training", "frozen", "export", "evaluate", "alignment", "report"},
     {"inputs"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},

@@ -143,6 +143,8 @@ def test_labels_stand_on_first_sub_words_and_nowhere_else(tokenizer, labels):
 class Neighbourly:
     """A tokenizer whose pieces of one sentence depend on neighbours, so words cannot be remembered."""
 
+    is_fast = True
+
     def __init__(self, tokenizer, trigger):
         self.tokenizer, self.trigger, self.unk_token_id, self.longest = tokenizer, trigger, tokenizer.unk_token_id, 0
 

@@ -222,7 +222,7 @@ def test_the_fitted_projection_is_the_least_squares_one(build, teacher, examples
 
 def test_a_head_that_is_not_one_linear_map_is_an_error(build):
     student, _ = build()
-    student.classifier = nn.Sequential(nn.Linear(24, 7))
+    student.classifier = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 7))
     with pytest.raises(CheckpointError, match="BertForTokenClassification has no linear classifier"):
         head_of(student)
 

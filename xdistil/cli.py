@@ -127,7 +127,7 @@ def export_files(asked) -> int:
 
 def predict_file(asked) -> int:
     """Label a file or stdin as a stream, in input order, one line out for each line in."""
-    from xdistil import data, devices, evaluate, export, models, texts
+    from xdistil import data, devices, evaluate, export, families, models, texts
 
     config = models.load_config(asked.student_dir, "STUDENT_DIR")
     labels = [config.id2label[i] for i in range(config.num_labels)]
@@ -138,7 +138,7 @@ def predict_file(asked) -> int:
     else:
         model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR", models.unit_of(config))
         model = models.prepare_to_answer(model, accelerator)
-    seq_len, unit, n_cut = min(tokenizer.model_max_length, models.n_positions(config)), models.unit_of(config), 0
+    seq_len, unit, n_cut = min(tokenizer.model_max_length, families.n_positions(config)), models.unit_of(config), 0
     rows = (texts.units_of(line, unit, f"{asked.input}:{n}") for n, line in data.read_lines(asked.input))
 
     def write(path=None):

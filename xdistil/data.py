@@ -128,6 +128,10 @@ def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[tupl
     unknown, cache = (tokenizer.unk_token_id or 0,), REMEMBERED.setdefault(tokenizer, {})
 
     def whole(batch):
+        if not tokenizer.is_fast:  # CTRL, XLM: word by word
+            yield from ([tokenizer(word, add_special_tokens=False)["input_ids"] or unknown for word in sentence]
+                        for sentence in batch)
+            return
         encoded = tokenizer(batch, is_split_into_words=True, add_special_tokens=False, verbose=False)
         for i, sentence in enumerate(batch):
             ids = [[] for _ in sentence]

@@ -1,6 +1,7 @@
 """Frozen parts are not recomputed: what the layers below the learning ones say of every window, computed once.
 
 Exact where nothing random happens below: `unfreeze.freeze_to` puts frozen parts in eval mode, so dropout is off there.
+Where a family's layers do not hand states [B, S, H] on to each other (XLM, XLNet), only the whole encoder is kept.
 """
 
 from collections.abc import Iterable, Iterator
@@ -8,7 +9,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
 from xdistil.data import Examples, collate
 from xdistil.grouping import batches, grid
@@ -20,23 +20,28 @@ class _Reached(Exception):
     """Carries the states that enter a layer out of a forward pass that need not go on."""
 
 
-def lower_states(model, batch: dict, n_layers: int) -> torch.Tensor:
-    """What enters layer `n_layers` + 1, or leaves the base model if that is all of them: [B, S, H]."""
-    inputs, layers = model_inputs(model, batch), encoder_layers(model)
-    if n_layers == len(layers):
-        return model.base_model(**inputs)[0]
+def lower_states(model, batch: dict, n_layers: int) -> torch.Tensor | None:
+    """What enters layer `n_layers` + 1, or leaves the base model if that is all of them: [B, S, H]; None if the layers
+    are not called one by one. Notes as `base_model.forms` the types in which a layer and the whole answer."""
+    inputs, layers, forms = model_inputs(model, batch), encoder_layers(model), {}
 
     def stop(_module, args, kwargs):
         raise _Reached(args[0] if args else kwargs["hidden_states"])
 
-    handle = layers[n_layers].register_forward_pre_hook(stop, with_kwargs=True)
+    def note(module, _args, output):
+        forms["layer" if module is layers[0] else "whole"] = type(output)
+
+    handles, model.base_model.forms = [x.register_forward_hook(note) for x in (layers[0], model.base_model)], forms
+    if n_layers < len(layers):
+        handles.append(layers[n_layers].register_forward_pre_hook(stop, with_kwargs=True))
     try:
-        model.base_model(**inputs)
+        output = model.base_model(**inputs)
+        return output[0] if n_layers == len(layers) else None
     except _Reached as reached:
         return reached.args[0]
     finally:
-        handle.remove()
-    raise RuntimeError(f"{type(model).__name__} never ran its layer {n_layers + 1}")
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -44,9 +49,10 @@ def starting_from(model, states: torch.Tensor, n_layers: int) -> Iterator[None]:
     """A forward pass of the model inside starts from these states: its first `n_layers` layers do nothing."""
     layers = encoder_layers(model)
     if n_layers == len(layers) and getattr(model.base_model, "pooler", None) is None:  # a pooler has to run
-        skipped = {model.base_model: lambda *_, **__: BaseModelOutput(last_hidden_state=states)}
+        skipped = {model.base_model: lambda *_, **__: model.base_model.forms["whole"](last_hidden_state=states)}
     else:
-        skipped = {layer: lambda *_, **__: states for layer in layers[:n_layers]}
+        answer = states if model.base_model.forms.get("layer") is torch.Tensor else (states, None)
+        skipped = {layer: lambda *_, **__: answer for layer in layers[:n_layers]}
     for module, instead in skipped.items():
         module.forward = instead
     try:
@@ -79,13 +85,28 @@ class FrozenStates:
             return
         self.states = torch.empty(self.n_tokens, width, dtype=dtype)
         lengths = self.examples.lengths[self.windows]
-        for rows, width in batches(lengths, grid(lengths, 64)):
+        for i, (rows, width) in enumerate(batches(lengths, grid(lengths, 64))):
             batch = collate(self.examples, self.windows[rows], self.pad_id, width)
             on_device = {name: x.to(self.accelerator.device) for name, x in batch.items()}
             with torch.no_grad(), self.accelerator.autocast():
-                found = lower_states(self.model, on_device, self.n_layers).to("cpu", dtype)
+                found = lower_states(self.model, on_device, self.n_layers)
+                if i == 0 and not self._exact(on_device, found):
+                    self.states = None
+                    return
             places, real = self._places(batch)
-            self.states[places[real]] = found[real]
+            self.states[places[real]] = found.to("cpu", dtype)[real]
+
+    def _exact(self, batch: dict, states: torch.Tensor | None) -> bool:
+        """Whether the model, started from its first window's states, answers as it does from its beginning."""
+        batch = {name: x[:1] for name, x in batch.items()}
+        if states is None or states[:1].shape[:2] != batch["input_ids"].shape:
+            return False
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        whole, upper = (run_upper(self.model, x) for x in (batch, batch | {"frozen_states": states[:1]}))
+        for module, mode in modes.items():
+            module.training = mode
+        return bool((whole - upper).abs().max() <= 0.01 * whole.abs().max())
 
     def _places(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         real, starts = batch["attention_mask"] > 0, torch.from_numpy(self.starts[batch["windows"].numpy()])

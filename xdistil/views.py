@@ -93,7 +93,7 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
         if students.is_bilstm(model.config):
             found[name] = np.full((1, *[len(found["tokens"])] * 2), np.nan)
             continue
-        model.set_attn_implementation("eager")
+        models.return_maps(model)
         with torch.inference_mode():
             found[name] = models.run_model(model, batch, False, True)[2][-1][0].numpy()
     return found
