@@ -16,7 +16,7 @@ LEVELS = [  # a module may import those of lower levels only
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "spans"},
     {"runs", "devices", "data", "demo_data", "models"},
-    {"texts", "students", "targets", "training", "frozen", "export", "evaluate", "alignment", "report"},
+    {"texts", "students", "targets", "vocab", "training", "frozen", "export", "evaluate", "alignment", "report"},
     {"inputs"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}

@@ -218,7 +218,8 @@ def test_parameters_are_counted():
     model = from_config(BertConfig(**SMALL, type_vocab_size=2, num_labels=3))
     tables = (30 + 20 + 2) * 8
     layer = 4 * (8 * 8 + 8) + (8 * 12 + 12) + (12 * 8 + 8) + 2 * 2 * 8
-    assert size_of(model) == {"parameters": tables + 16 + 2 * layer + 27, "non_embedding": 16 + 2 * layer + 27}
+    assert size_of(model) == {"parameters": tables + 16 + 2 * layer + 27, "non_embedding": 16 + 2 * layer + 27,
+                              "pieces": 30}
 
 
 def test_the_packaged_teacher_is_found_without_a_hub():

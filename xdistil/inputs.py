@@ -3,10 +3,12 @@
 import functools
 from pathlib import Path
 
-from xdistil import data, demo_data, evaluate, grouping, models, texts, tf_weights
-from xdistil.files import hash_file, read_json
+import numpy as np
+
+from xdistil import data, demo_data, evaluate, grouping, models, texts, tf_weights, unfreeze, vocab
+from xdistil.files import hash_file, read_json, save_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
-from xdistil.runs import STAGES, Run
+from xdistil.runs import STAGES, Run, Stage
 from xdistil.training import Feed
 
 RECIPE = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
@@ -16,13 +18,15 @@ USES = {  # the parameters that each stage's result follows from
     "teacher": (*RECIPE, "pt_teacher_checkpoint", "tf_model_check", "train_limit", "teacher_batch_size",
                 "teacher_epochs", "teacher_lr"),
     "student-init": ("seed", "student_init", "pt_student_checkpoint", "student_arch", "embedding_size", "hidden_size",
-                     "num_hidden_layers", "num_attention_heads", "intermediate_size", "compress_word_embedding"),
+                     "num_hidden_layers", "num_attention_heads", "intermediate_size", "compress_word_embedding",
+                     "trim_vocab"),
     "hidden": (*RECIPE, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
                "layer_weights", "projection_gelu", "hidden_loss", "attention_loss", "relation_heads", "hidden_weight",
                "attention_weight", "distil_lr"),
     "logits": (*RECIPE, *TRANSFER, *STUDENT, "logit_loss", "temperature", "hard_label_weight", "unfreeze", "logit_lr"),
     "labels": (*RECIPE, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
     "student": ("onnx",)}
+KEPT_IDS = "kept_ids.json"  # beside a student of a trimmed vocabulary: the teacher's ids of its pieces
 FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "logits": ("transfer", "dev"),
          "labels": ("train", "dev"), "evaluation": ("dev", "test")}
 
@@ -90,6 +94,9 @@ def depends(params: Params, run: Run, name: str) -> dict:
     elif name == "teacher":
         values |= {"teacher_epochs": params.teacher_epochs or params.ft_epochs, **unit,
                    "teacher_model_dir": params.teacher_model_dir}  # where it is written
+    elif name == "student-init" and params.trim_vocab:
+        values |= params.pick("train_limit", "transfer_limit", "seq_len")
+        files = ("train", "dev", "transfer")
     elif name == "logits" and params.hard_label_weight:
         values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
     values |= {f"{file} file": _hash(task_file(params, run, file)) for file in files}
@@ -104,8 +111,9 @@ def is_done(params: Params, run: Run, name: str) -> bool:
 
 
 class Inputs:
-    """Tokenizer of the teacher (the fine-tuned one as soon as there is one), labels in its order, and encoded files of
-    a run, read when first used. Raises CheckpointError if a fine-tuned teacher has another task or other labels."""
+    """Tokenizer of the teacher (the fine-tuned one as soon as there is one; trimmed as soon as the student is built),
+    labels in its order, and encoded files of a run, read when first used. Raises CheckpointError if a fine-tuned
+    teacher has another task or other labels."""
 
     def __init__(self, params: Params, run: Run):
         self.params, self.run, self.read = params, run, functools.cache(self._encoded)
@@ -123,8 +131,36 @@ class Inputs:
                 raise models.CheckpointError(f"{parameter}: {source} has labels {sorted(known.values())}, labels.tsv "
                                              f"{sorted(self.labels)}; give a teacher of this task")
             self.labels = [known[i] for i in range(len(known))]
+        self.kept, folder = None, run.stage("student-init").dir  # the teacher's ids of a trimmed tokenizer's pieces
+        if params.trim_vocab and is_done(params, run, "student-init"):
+            self.kept, source, parameter = read_json(folder / KEPT_IDS), folder, "model_dir"
         self.tokenizer = models.load_tokenizer(source, parameter)
         self.pad_id = self.tokenizer.pad_token_id
+
+    def load_teacher(self):
+        """The fine-tuned teacher in eval mode, on the vocabulary of the tokenizer."""
+        source, _ = teacher_source(self.params, self.run)
+        teacher = models.load_classifier(source, self.labels, "teacher_model_dir", self.params.unit).eval()
+        return vocab.trim_model(teacher, self.kept) if self.kept else teacher
+
+    def trim_vocab(self, student, stage: Stage, accelerator) -> dict:
+        """Trim the tokenizer, and the student with it, to what train and transfer text need, and leave the ids kept in
+        the stage's folder. Returns what that saves, the share (0..1) of the words of dev that are cut differently, and
+        the teacher's scores on dev as it reads it now."""
+        full, (n_rows, width) = self.tokenizer, unfreeze.word_embedding(student).shape
+        used = np.unique(np.concatenate([self.read(name)[1].input_ids for name in ("train", "transfer")]))
+        self.tokenizer, self.kept = vocab.trim_tokenizer(full, used.tolist())
+        self.pad_id = self.tokenizer.pad_token_id
+        self.read.cache_clear()
+        vocab.trim_model(student, self.kept)
+        save_json(stage.dir / KEPT_IDS, self.kept)
+        saved, dev = (n_rows - len(self.kept)) * width, [" ".join(x).split() for x in self.sentences("dev").words]
+        share = vocab.share_cut_differently(full, self.tokenizer, self.kept, dev)
+        stage.say(f"vocabulary: {len(self.kept):,} of {n_rows:,} pieces, {saved * 4 / 1e6:.1f} MB less; {share:.2%} "
+                  "of the words of dev are cut differently")
+        scores, _ = self.score(self.load_teacher().to(accelerator.device), "dev", accelerator)
+        return {"parameters_saved": saved, "mb_saved": saved * 4 / 1e6, "dev_words_cut_differently": share,
+                "teacher_dev": scores}
 
     def sentences(self, name: str) -> data.Sentences:
         """The sentences of train, dev, test or transfer. Raises DataError naming file and line."""

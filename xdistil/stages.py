@@ -71,11 +71,6 @@ def _fit(params: Params, stage: Stage, accelerator, model, terms, feed, judge, e
                name=stage.name, weights=weights)
 
 
-def _load_teacher(params: Params, run: Run, inputs: Inputs):
-    source, _ = teacher_source(params, run)
-    return models.load_classifier(source, inputs.labels, "teacher_model_dir", params.unit).eval()
-
-
 def _load_student(run: Run, name: str, inputs: Inputs, device="cpu"):
     return models.load_classifier(run.stage(name).dir, inputs.labels, "model_dir", inputs.params.unit).to(device)
 
@@ -128,16 +123,17 @@ def check(params: Params, run: Run) -> None:
 
 
 @_stage
-def build_student(params: Params, run: Run, stage: Stage, _accelerator):
-    """2. Build the student on the teacher's vocabulary; compress, map or copy its word embeddings."""
+def build_student(params: Params, run: Run, stage: Stage, accelerator):
+    """2. Build the student on the teacher's vocabulary; compress, map or copy its word embeddings; trim both."""
     inputs, (_, config) = Inputs(params, run), read_configs(params, run)
-    teacher = _load_teacher(params, run, inputs)
+    teacher = inputs.load_teacher()
     student, origin = students.build_student(config, teacher, params.initialisation, params.pt_student_checkpoint,
                                              inputs.labels, inputs.tokenizer, params.compress_word_embedding)
+    _, spectrum = embeddings.compress(word_embedding(teacher), 1)
+    trimmed = inputs.trim_vocab(student, stage, accelerator) if params.trim_vocab else {}
     models.save_model(student, inputs.tokenizer, stage.dir)
     inputs.tokenizer.save_pretrained(run.dir / "tokenizer")
-    _, spectrum = embeddings.compress(word_embedding(teacher), 1)
-    return {"word_embeddings": origin, **models.size_of(student), "teacher": models.size_of(teacher),
+    return {"word_embeddings": origin, **models.size_of(student), "teacher": models.size_of(teacher), **trimmed,
             "rank": word_embedding(student).shape[1], "singular_values": [round(x, 4) for x in spectrum.tolist()]}
 
 
@@ -150,7 +146,7 @@ def _frozen_words(params: Params, student) -> frozenset[str]:
 def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     """3. Stage 1: hidden states and attention on the transfer set; then fold the head."""
     inputs, device = Inputs(params, run), accelerator.device
-    teacher = models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator, exact=False)
+    teacher = models.prepare_to_answer(inputs.load_teacher(), accelerator, exact=False)
     student = _load_student(run, "student-init", inputs, device)
     hidden, attention, weights, spec = layer_pairs(params, teacher.config, student.config)
     for model in (teacher, student) if spec.attention else ():
@@ -194,10 +190,8 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     inputs = Inputs(params, run)
     student, steps = _student_and_steps(params, run, "hidden", inputs, accelerator.device)
 
-    def load_teacher():  # most often in vain: stage 1 has left its logits
-        return models.prepare_to_answer(_load_teacher(params, run, inputs), accelerator, exact=False)
-
-    store, *windows = transfer(params, run, inputs, load_teacher, TargetSpec(), accelerator)
+    store, *windows = transfer(params, run, inputs, lambda: models.prepare_to_answer(  # seldom called: stage 1 left
+        inputs.load_teacher(), accelerator, exact=False), TargetSpec(), accelerator)  # its logits
     through = from_frozen(params, student, inputs.read("transfer")[1], inputs.pad_id, accelerator)
     feed, held_out = transfer_feeds(params, store, *windows, through)
     if params.hard_label_weight:
@@ -248,13 +242,14 @@ def _save_student(stage: Stage, student, inputs: Inputs, accelerator) -> dict:
 def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     """6. Teacher and student on dev and, for the first and only time, on test; size, speed, likeness."""
     inputs, device = Inputs(params, run), accelerator.device
-    pair = {"teacher": _load_teacher(params, run, inputs), "student": _load_student(run, "labels", inputs)}
+    pair = {"teacher": inputs.load_teacher(), "student": _load_student(run, "labels", inputs)}
     pair = {name: models.prepare_to_answer(model, accelerator) for name, model in pair.items()}
     (gold, test), metrics = inputs.read("test"), {}
+    sizes = {"teacher": run.stage("student-init").metrics["teacher"], "student": models.size_of(pair["student"])}
     for (name, model), done in zip(pair.items(), ("teacher", "labels"), strict=True):
         scores, tags = inputs.score(model, "test", accelerator)
-        metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **models.size_of(model),
-                         "mb": model.num_parameters() * 4 / 1e6,
+        metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **sizes[name],
+                         "mb": sizes[name]["parameters"] * 4 / 1e6,
                          **evaluate.measure_speed(model, test, inputs.pad_id, accelerator)}
     data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes second
     metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])

@@ -5,7 +5,7 @@ import torch
 
 from xdistil import data, evaluate, models, stages, students
 from xdistil.feeds import layer_pairs
-from xdistil.inputs import Inputs, teacher_source
+from xdistil.inputs import Inputs
 from xdistil.params import Params, Table
 from xdistil.runs import Run, Stage
 
@@ -55,7 +55,8 @@ def scores(stage: Stage) -> Table:
 def sizes(run: Run) -> Table:
     """Parameters of teacher and student, with and without embedding tables."""
     found = run.stage("student-init").metrics
-    return Table([{"model": name, "parameters": m["parameters"], "without embeddings": m["non_embedding"]}
+    return Table([{"model": name, "parameters": m["parameters"], "without embeddings": m["non_embedding"],
+                   "pieces": m["pieces"]}
                   for name, m in (("teacher", found["teacher"]), ("student", found))])
 
 
@@ -88,8 +89,8 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
     examples = inputs.encode(data.Sentences([given]))
     batch = data.collate(examples, [0], inputs.pad_id)
     found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
-    for name, folder in (("teacher", teacher_source(params, run)[0]), ("student", run.stage(stage).dir)):
-        model = models.load_classifier(folder, inputs.labels, "model_dir", params.unit).eval()
+    student = models.load_classifier(run.stage(stage).dir, inputs.labels, "model_dir", params.unit).eval()
+    for name, model in (("teacher", inputs.load_teacher()), ("student", student)):
         if students.is_bilstm(model.config):
             found[name] = np.full((1, *[len(found["tokens"])] * 2), np.nan)
             continue
