@@ -82,7 +82,7 @@ def base(tmp_path_factory):
 def ask(unit, task, base, model_dir, **changes):
     given = {"task": str(task), "do_NER": False, "do_pairwise": unit == "pair", "pt_teacher_checkpoint": str(base),
              "teacher_epochs": 7, "teacher_lr": 1e-3, "student_init": "teacher_layers", "unfreeze": "module",
-             "compress_word_embedding": False, "distil_epochs": 3, "distil_lr": 1e-3, "logit_lr": 2e-4, "ft_lr": 5e-4,
+             "compress_word_embedding": False, "distil_epochs": 3, "distil_lr": 1e-3, "logit_lr": 1e-3, "ft_lr": 5e-4,
              "train_limit": 100}
     return smoke_params(model_dir, **given | changes)
 
