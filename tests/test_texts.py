@@ -82,8 +82,8 @@ def base(tmp_path_factory):
 def ask(unit, task, base, model_dir, **changes):
     given = {"task": str(task), "do_NER": False, "do_pairwise": unit == "pair", "pt_teacher_checkpoint": str(base),
              "teacher_epochs": 7, "teacher_lr": 1e-3, "student_init": "teacher_layers", "unfreeze": "module",
-             "compress_word_embedding": False, "distil_epochs": 3, "distil_lr": 1e-3, "logit_lr": 1e-3, "ft_lr": 5e-4,
-             "train_limit": 100}
+             "compress_word_embedding": False, "distil_epochs": 3, "distil_lr": 1e-3, "logit_lr": 3e-4, "ft_lr": 5e-4,
+             "holdout_ratio": 0.2, "train_limit": 100}
     return smoke_params(model_dir, **given | changes)
 
 
@@ -328,7 +328,7 @@ def test_all_seven_stages_run_and_learn(run, unit):
         assert metrics[name]["dev"]["macro"] == pytest.approx(metrics[name]["score"])
     for name in ("hidden", "logits"):
         scores = [r["score"] for r in run.stage(name).history if r["kind"] == "eval"]
-        assert metrics[name]["score"] == min(scores) < 0.95 * scores[0]
+        assert metrics[name]["score"] == min(scores) < 0.98 * scores[0]
     for model in ("teacher", "student"):  # a constant answer is right for 10 of the 24
         assert metrics["evaluation"][model]["test"]["accuracy"] > 0.6
     assert metrics["hidden"]["teacher_windows"] == 90 and metrics["logits"]["teacher_windows"] == 0
