@@ -1,5 +1,6 @@
 """What it runs on: device and precision through accelerate."""
 
+import contextlib
 import functools
 import timeit
 
@@ -49,3 +50,11 @@ def open_accelerator(device: str = "auto", opt_policy: str = "auto", quiet: bool
     if not quiet:
         print(f"[device] {found}, {'float32' if precision == 'no' else precision} ({reason})", flush=True)
     return Accelerator(mixed_precision=precision, cpu=device == "cpu")
+
+
+def peak_memory_mb() -> float | None:
+    """Peak resident memory of this process so far, in megabytes (1e6 bytes); None on Windows."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)

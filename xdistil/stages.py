@@ -1,6 +1,5 @@
 """The spine: seven calls, in order. What is finished and unchanged is not repeated, what was interrupted goes on."""
 
-import contextlib
 import functools
 import itertools
 import time
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from xdistil import alignment, data, embeddings, evaluate, export, losses, models, students
-from xdistil.devices import open_accelerator
+from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.feeds import (
     from_frozen,
     held_out_loss,
@@ -50,19 +49,11 @@ def _stage(work):
             set_seed(params.seed)
             metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
             seconds = round(time.monotonic() - start, 2)
-            stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": _peak_memory_mb()})
+            stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": peak_memory_mb()})
             stage.say(f"finished in {seconds} s")
         return stage
 
     return call
-
-
-def _peak_memory_mb() -> float | None:
-    """Peak resident memory of this process so far, in megabytes (1e6 bytes); None on Windows."""
-    with contextlib.suppress(ImportError):
-        import resource
-
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
 
 
 def _fit(params: Params, stage: Stage, accelerator, model, terms, feed, judge, epochs, lr, steps, weights=None):
