@@ -370,7 +370,8 @@ def test_the_student_needs_transformers_alone(run, unit, tmp_path):
     assert alone == together == [row[n] for row in rows] and longest == 32
     card = (run.dir / "student/README.md").read_text()
     scores = run.stage("evaluation").metrics["student"]["test"]
-    assert "pipeline_tag: text-classification" in card and f"accuracy {scores['accuracy']:.4f}" in card
+    assert "pipeline_tag: text-classification" in card and "| **accuracy** |" in card
+    assert f"{100 * scores['accuracy']:.1f}" in card
 
 
 def test_predict_keeps_order_and_blank_lines(run, unit, task, tmp_path, capsys):

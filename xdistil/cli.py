@@ -15,7 +15,7 @@ from tqdm.contrib import DummyTqdmFile
 from xdistil import __version__
 from xdistil.files import read_json, save_atomic
 from xdistil.params import Params, absolute_path, load_params, repo_root
-from xdistil.runs import STAGES, Run
+from xdistil.runs import STAGES, Run, stages_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("run", "run every stage as a notebook, then print a table and write report.html"),
+                       ("finetune", "fine-tune pt_student_checkpoint on labels, without a teacher; as run otherwise"),
                        ("check", "look at parameters, data and models without training")):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("params", nargs="?", help="params file; default: params/demo.yaml, or the flags alone")
@@ -56,8 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
             return (predict_file if asked.command == "predict" else export_files)(asked)
         values = {name: absolute_path(name, value, Path.cwd())  # flags are relative to the working directory
                   for name, value in vars(asked).items() if name in Params.model_fields}
+        values |= {"distil": False} if asked.command == "finetune" else {}
         params = load_params(asked.params or ({} if values else repo_root() / "params/demo.yaml"), values)
-        if asked.command == "run":
+        if asked.command in ("run", "finetune"):
             return run_notebooks(params)
         from xdistil import stages, views
 
@@ -83,7 +85,8 @@ def run_notebooks(params: Params) -> int:
     stages.check(params, run)
     os.environ |= {"XDISTIL_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     executed.mkdir(parents=True, exist_ok=True)
-    for number, (name, verb) in enumerate(bar := tqdm(STAGES.items(), unit="notebook", disable=None), 1):
+    for name in (bar := tqdm(names := stages_of(params), unit="notebook", disable=None)):
+        verb, number = STAGES[name], list(STAGES).index(name) + 1
         notebook = executed / f"{number:02d}_{verb}.ipynb"
         bar.set_description(verb)
         written = read_json(notebook, {}) if inputs.is_done(params, run, name) else {}
@@ -108,7 +111,7 @@ def run_notebooks(params: Params) -> int:
         summary = f"{table._repr_html_()}<details><summary>parameters</summary>{params._repr_html_()}</details>"
         figures = [run.dir / "figures" / f"{name}.png" for name in ("languages", "attention")]
         report.write_report(executed, page, title=f"xdistil: {run.dir.name}", summary_html=summary, figures=figures)
-    print(f"\n{table}\n\n{ran} of {len(STAGES)} stages ran in {time.monotonic() - start:.0f} s\n"
+    print(f"\n{table}\n\n{ran} of {len(names)} stages ran in {time.monotonic() - start:.0f} s\n"
           f"student: {run.dir / 'student'}\nreport: {page}")
     return 0
 

@@ -8,7 +8,7 @@ import numpy as np
 from xdistil import data, demo_data, evaluate, grouping, models, texts, tf_weights, unfreeze, vocab
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
-from xdistil.runs import STAGES, Run, Stage
+from xdistil.runs import Run, Stage, stages_of
 from xdistil.training import Feed
 
 RECIPE = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
@@ -25,7 +25,7 @@ USES = {  # the parameters that each stage's result follows from
                "attention_weight", "distil_lr"),
     "logits": (*RECIPE, *TRANSFER, *STUDENT, "logit_loss", "temperature", "hard_label_weight", "unfreeze", "logit_lr"),
     "labels": (*RECIPE, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
-    "student": ("onnx",)}
+    "student": ("onnx", "licence")}
 KEPT_IDS = "kept_ids.json"  # beside a student of a trimmed vocabulary: the teacher's ids of its pieces
 FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "logits": ("transfer", "dev"),
          "labels": ("train", "dev"), "evaluation": ("dev", "test")}
@@ -70,8 +70,10 @@ def given_teacher(params: Params, run: Run) -> Path | None:
 
 
 def teacher_source(params: Params, run: Run) -> tuple[str, str]:
-    """The fine-tuned teacher, or the checkpoint that it starts from, a TensorFlow one by its file; and the parameter
-    that names it. Raises CheckpointError if tf_model_check is at odds with the files."""
+    """The fine-tuned teacher, or the checkpoint that it starts from, a TensorFlow one by its file; without a teacher,
+    the student's; and the parameter that names it. CheckpointError: tf_model_check is at odds with the files."""
+    if not params.distil:
+        return params.pt_student_checkpoint, "pt_student_checkpoint"
     if given := given_teacher(params, run):
         return str(given), "teacher_model_dir"
     if is_done(params, run, "teacher"):
@@ -99,14 +101,17 @@ def depends(params: Params, run: Run, name: str) -> dict:
         files = ("train", "dev", "transfer")
     elif name == "logits" and params.hard_label_weight:
         values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
+    elif name == "labels" and not params.distil:
+        weights = [_hash(path) for path in sorted(Path(params.pt_student_checkpoint).glob("*.safetensors"))]
+        values, files = values | unit | {"student": weights or params.pt_student_checkpoint}, (*files, "labels")
     values |= {f"{file} file": _hash(task_file(params, run, file)) for file in files}
-    before = list(STAGES)[: list(STAGES).index(name)]
+    before = stages_of(params)[: stages_of(params).index(name)]
     return values | ({f"stage {before[-1]}": run.stage(before[-1]).fingerprint} if before else {})
 
 
 def is_done(params: Params, run: Run, name: str) -> bool:
     """Whether the stage, and every one before it, is finished with these parameters and data."""
-    names = list(STAGES)[: list(STAGES).index(name) + 1]
+    names = stages_of(params)[: stages_of(params).index(name) + 1]
     return all(run.stage(n).done == depends(params, run, n) for n in names)
 
 
@@ -121,15 +126,16 @@ class Inputs:
         self.by_word = params.unit == "word"
         self.listed = self.labels = (data.read_labels if self.by_word else texts.read_classes)(
             task_file(params, run, "labels"))
+        config = models.load_config(source, parameter)
+        known = config.id2label
         if parameter == "teacher_model_dir":
-            config = models.load_config(source, parameter)
-            known = config.id2label
             if config.architectures and (models.unit_of(config) == "word") != self.by_word:
                 raise models.CheckpointError(f"{parameter}: {source} is a {config.architectures}, but do_NER is "
                                              f"{params.do_NER}; give a teacher of this task, or change do_NER")
             if set(known.values()) != set(self.labels):
                 raise models.CheckpointError(f"{parameter}: {source} has labels {sorted(known.values())}, labels.tsv "
                                              f"{sorted(self.labels)}; give a teacher of this task")
+        if set(known.values()) == set(self.labels):  # a finished student's too, whose head goes on
             self.labels = [known[i] for i in range(len(known))]
         self.kept, folder = None, run.stage("student-init").dir  # the teacher's ids of a trimmed tokenizer's pieces
         if params.trim_vocab and is_done(params, run, "student-init"):

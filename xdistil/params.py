@@ -80,6 +80,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     teacher_epochs: int | None = _field(None, "epochs of the teacher; default: ft_epochs", ge=1)
     teacher_lr: float = _field(5e-5, "peak learning rate of the teacher", gt=0, le=1)
 
+    distil: bool = _field(True, "false: only fine-tune pt_student_checkpoint on labels, as xdistil finetune does")
     student_init: Literal["auto", "checkpoint", "scratch", "teacher_layers"] = _field(
         "auto", "where student weights come from; auto: the checkpoint if one is given, else scratch")
     pt_student_checkpoint: str | None = _field(None, "student encoder: folder or hub name")
@@ -126,6 +127,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     warmup_ratio: float = _field(0.1, "share of each step spent warming up", ge=0, lt=1)
     weight_decay: float = _field(0.01, "AdamW weight decay, of matrices only", ge=0)
     max_grad_norm: float = _field(1.0, "gradient norm above which gradients are scaled down", gt=0)
+    licence: str = _field("other", "licence in the student's model card, as the hub writes it: mit, apache-2.0")
     onnx: bool = _field(False, "also export the student as ONNX, float32 and int8 (pip install xdistil[export])")
     targets_cache: Literal["auto", "disk", "memory", "none"] = _field(
         "auto", "where teacher outputs are kept; auto: on disk, if they will be read again and that is faster")
@@ -161,8 +163,10 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "distil_attention: false, or student_arch: transformer"),
             (copied and compress, "compress_word_embedding: copied teacher layers have the teacher's width, so "
              "nothing is to be compressed; set compress_word_embedding: false"),
-            (freeze and not (compress or copied), "freeze_word_embedding: nothing of the teacher is in these word "
-             "embeddings; set compress_word_embedding: true as well, or freeze_word_embedding: false"),
+            (not self.distil and (compress or self.trim_vocab or not checkpoint), "distil: false fine-tunes "
+             "pt_student_checkpoint as it is; name one, and set compress_word_embedding and trim_vocab: false"),
+            (freeze and self.distil and not (compress or copied), "freeze_word_embedding: nothing of the teacher is "
+             "in these word embeddings; set compress_word_embedding: true as well, or freeze_word_embedding: false"),
             (self.hidden_weight == 0 and not (self.distil_attention and self.attention_weight), "hidden_weight: 0 "
              "leaves stage 1 without a loss; set hidden_weight: 1, or distil_attention: true and attention_weight: 1"),
             (self.opt_policy == "mixed_float16" and self.device == "cpu",

@@ -152,29 +152,34 @@ def plot_attention_kl(kl, pairs, title):
 
 
 def plot_languages(teacher, student, title):
-    """`teacher`, `student`: {language: F1 from 0 to 1, None = not measured}, sorted by the teacher's. Lines: means
-    over the languages that both have; row at the top: student / teacher in percent."""
+    """`teacher` (or None), `student`: {language: F1 from 0 to 1, None = not measured}, sorted by the teacher's. Lines:
+    means over the languages that both have; row at the top: student / teacher in percent."""
+    teacher = teacher or dict.fromkeys(student)
     names = sorted(teacher, key=lambda name: teacher[name] or 0, reverse=True)
     scores = 100 * np.array([[side[name] for name in names] for side in (teacher, student)], dtype=float)
     at, both = np.arange(len(names)), np.isfinite(scores).all(0)
-    fig, ax = _figure(f"{title}\nrow at the top: share of the teacher's F1 kept", 4.6, ylim=(0, 108), ylabel="F1 (%)",
-                      xlim=(-0.7, max(at[-1], 4) + 0.7), xticks=at, xticklabels=names)
+    means = both if both.any() else np.isfinite(scores[1])
+    title += "\nrow at the top: share of the teacher's F1 kept" * bool(both.any())
+    fig, ax = _figure(title, 4.6, ylim=(0, 108), ylabel="F1 (%)", xlim=(-0.7, max(at[-1], 4) + 0.7), xticks=at,
+                      xticklabels=names)
     for who, f1, shift, colour in zip(("teacher", "student"), scores, (-0.2, 0.2), CYCLE, strict=False):
         ax.bar_label(ax.bar(at + shift, f1, 0.38, color=colour), fmt="{:.1f}", label_type="center", color="white",
                      fontsize=8, rotation=90 if len(names) > 9 else 0)
-        mean = f1[both].mean()
-        ax.axhline(mean, color=colour, linestyle="--", label=f"{who}, mean of {both.sum()}: {mean:.1f} %")
+        if np.isfinite(f1).any():
+            mean = f1[means].mean()
+            ax.axhline(mean, color=colour, linestyle="--", label=f"{who}, mean of {means.sum()}: {mean:.1f} %")
     for i in np.flatnonzero(both & (scores[0] > 0)):
         ax.text(i, 102, f"{100 * scores[1, i] / scores[0, i]:.0f} %", ha="center", fontsize=9)
     return _legend(fig, 2)
 
 
 def plot_stages(scores, teacher):
-    """`scores`: {stage: the student's dev macro F1 after it}; `teacher`: the teacher's; both from 0 to 1."""
+    """`scores`: {stage: the student's dev macro F1 after it}; `teacher`: the teacher's or None; both from 0 to 1."""
     fig, ax = _figure("Dev macro F1 of the student after each stage", 3.9, 8.5, xlabel="after stage",
                       ylabel="dev macro F1 (%)", xmargin=0.2, ymargin=0.2)
     ax.plot(list(scores), [100 * f1 for f1 in scores.values()], "o-", color=STUDENT, label="student")
-    ax.axhline(100 * teacher, color=TEACHER, linestyle="--", label=f"teacher: {100 * teacher:.1f} %")
+    if teacher is not None:
+        ax.axhline(100 * teacher, color=TEACHER, linestyle="--", label=f"teacher: {100 * teacher:.1f} %")
     for name, f1 in scores.items():
         ax.annotate(f"{100 * f1:.1f}", (name, 100 * f1), (7, -13), textcoords="offset points")
     return _legend(fig, 2)
@@ -183,9 +188,9 @@ def plot_stages(scores, teacher):
 def plot_size_speed(teacher, student):
     """`teacher`, `student`: dicts of "parameters", "non_embedding" (counts), "mb" (megabytes), "ms_per_sentence" at
     batch 1, "sentences_per_second" and "test" with "macro" (F1, 0 to 1); a number may be None."""
-    sides = [side | {"f1": side["test"]["macro"]} for side in (teacher, student)]
+    sides = [side | {"f1": side["test"]["macro"]} if side else {} for side in (teacher, student)]
     columns = ("parameters", "non_embedding", "mb", "ms_per_sentence", "sentences_per_second", "f1")
-    total, other, mb, single, batch, f1 = np.array([[side[c] for side in sides] for c in columns], dtype=float)
+    total, other, mb, single, batch, f1 = np.array([[side.get(c) for side in sides] for c in columns], dtype=float)
     names = [f"{name}\n{size:.0f} MB\nF1 {100 * score:.1f} %".replace("nan", "–")
              for name, size, score in zip(("teacher", "student"), mb, f1, strict=True)]
     fig, axes = _figure("Size and speed: what the student saves", 4.2, cols=3, ymargin=0.1, xticks=(0, 1),

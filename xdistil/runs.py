@@ -12,6 +12,11 @@ STAGES = {"teacher": "finetune_teacher", "student-init": "build_student", "hidde
           "student": "export_student"}  # folder of the run: function of `stages`, and notebook without its number
 
 
+def stages_of(params: Params) -> list[str]:
+    """The stages of a run in order, by their folders; without distillation only those on labels."""
+    return list(STAGES)[0 if params.distil else list(STAGES).index("labels") :]
+
+
 class Stage:
     """One stage's folder: what it depends on, its metrics, its history, its done mark."""
 

@@ -3,14 +3,14 @@
 import functools
 import itertools
 import time
-from importlib import resources
+from pathlib import Path
 
 import numpy as np
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
 
-from xdistil import alignment, data, embeddings, evaluate, export, losses, models, students
+from xdistil import alignment, card, data, embeddings, evaluate, export, losses, models, students
 from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.feeds import (
     from_frozen,
@@ -25,7 +25,7 @@ from xdistil.files import save_atomic, save_json, save_text
 from xdistil.frozen import run_upper
 from xdistil.inputs import Inputs, depends, teacher_dir, teacher_source
 from xdistil.params import Params
-from xdistil.runs import STAGES, Run, Stage, describe_changes
+from xdistil.runs import STAGES, Run, Stage, describe_changes, stages_of
 from xdistil.targets import TargetSpec
 from xdistil.training import Feed, Recipe, fit, part
 from xdistil.unfreeze import layer_groups, unfreezing_steps, word_embedding
@@ -37,7 +37,7 @@ def _stage(work):
 
     @functools.wraps(work)
     def call(params: Params, run: Run) -> Stage:
-        for earlier in itertools.takewhile(lambda other: other != name, STAGES):
+        for earlier in itertools.takewhile(lambda other: other != name, stages_of(params)):
             found, wanted = run.stage(earlier).done, depends(params, run, earlier)
             if found != wanted:
                 why = describe_changes(found, wanted) if found else "it has not finished"
@@ -66,6 +66,11 @@ def _load_student(run: Run, name: str, inputs: Inputs, device="cpu"):
     return models.load_classifier(run.stage(name).dir, inputs.labels, "model_dir", inputs.params.unit).to(device)
 
 
+def _load_checkpoint(params: Params, inputs: Inputs, device="cpu"):
+    return models.load_classifier(params.pt_student_checkpoint, inputs.labels, "pt_student_checkpoint",
+                                  params.unit).to(device)
+
+
 def _label_terms(model, batch):
     logits = run_upper(model, batch)
     return {"labels": losses.tag_loss(logits, batch["labels"][:, : logits.shape[1]])}
@@ -90,8 +95,8 @@ def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
 def read_configs(params: Params, run: Run):
     """Teacher and student config, no weights. Raises CheckpointError if they cannot work together."""
     checkpoint, parameter = teacher_source(params, run)
-    teacher = models.load_config(checkpoint, parameter)
-    models.check_class(params.pt_teacher, teacher, parameter)
+    teacher = models.load_config(checkpoint, parameter)  # without distillation: the student's
+    models.check_class(params.distil and params.pt_teacher, teacher, parameter)
     student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint,
                                       params.student_arch, **params.pick(
         "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
@@ -109,7 +114,7 @@ def check(params: Params, run: Run) -> None:
     open_accelerator(params.device, params.opt_policy, quiet=True)
     read_configs(params, run)
     inputs = Inputs(params, run)
-    for name in ("train", "dev", "test", "transfer"):
+    for name in ("train", "dev", "test", *["transfer"] * params.distil):
         inputs.sentences(name)
 
 
@@ -218,7 +223,7 @@ def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
 
 def _student_and_steps(params: Params, run: Run, source: str, inputs: Inputs, device):
     """The student of an earlier stage, and the steps that unfreeze it from top to bottom."""
-    student = _load_student(run, source, inputs, device)
+    student = _load_student(run, source, inputs, device) if params.distil else _load_checkpoint(params, inputs, device)
     models.set_dropout(student, hidden=params.dropout, attention=params.dropout)
     return student, unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))
 
@@ -231,22 +236,25 @@ def _save_student(stage: Stage, student, inputs: Inputs, accelerator) -> dict:
 
 @_stage
 def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
-    """6. Teacher and student on dev and, for the first and only time, on test; size, speed, likeness."""
+    """6. Teacher and student on dev and, for the first and only time, on test; size, speed, likeness (without a
+    teacher: to the checkpoint that the student was)."""
     inputs, device = Inputs(params, run), accelerator.device
-    pair = {"teacher": inputs.load_teacher(), "student": _load_student(run, "labels", inputs)}
+    pair = {"teacher": inputs.load_teacher() if params.distil else _load_checkpoint(params, inputs),
+            "student": _load_student(run, "labels", inputs)}
     pair = {name: models.prepare_to_answer(model, accelerator) for name, model in pair.items()}
     (gold, test), metrics = inputs.read("test"), {}
-    sizes = {"teacher": run.stage("student-init").metrics["teacher"], "student": models.size_of(pair["student"])}
-    for (name, model), done in zip(pair.items(), ("teacher", "labels"), strict=True):
-        scores, tags = inputs.score(model, "test", accelerator)
+    sizes = {"teacher": run.stage("student-init").metrics.get("teacher"), "student": models.size_of(pair["student"])}
+    for name, done in (("teacher", "teacher"), ("student", "labels"))[not params.distil :]:
+        scores, tags = inputs.score(pair[name], "test", accelerator)
         metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **sizes[name],
                          "mb": sizes[name]["parameters"] * 4 / 1e6,
-                         **evaluate.measure_speed(model, test, inputs.pad_id, accelerator)}
-    data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes second
-    metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])
+                         **evaluate.measure_speed(pair[name], test, inputs.pad_id, accelerator)}
+    data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes last
+    if params.distil:
+        metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])
     with accelerator.autocast():
         likeness = alignment.measure_alignment(*pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, device)
-    return metrics | {"cka": likeness["cka"]}
+    return metrics | {"cka": likeness["cka"], "cka_with": "its teacher" if params.distil else "what it was before"}
 
 
 @_stage
@@ -262,15 +270,13 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
     tags = [inputs.score(model.to(accelerator.device), "dev", accelerator)[1] for model in (student, again)]
     if tags[0] != tags[1]:
         raise RuntimeError(f"{stage.dir} does not reproduce the student's predictions on dev")
-    card = "model_card.md" if inputs.by_word else "model_card_texts.md"
-    card = resources.files("xdistil").joinpath(card).read_text(encoding="utf-8")
-    save_text(stage.dir / "README.md", card.format(
-        parameters=models.size_of(student)["parameters"], labels=", ".join(inputs.labels), seq_len=params.seq_len,
-        teacher=params.pt_teacher_checkpoint.split("/")[-1], f1=metrics["student"]["test"]["macro"],
-        kept=metrics["retention"]["macro"] or 0, scores=metrics["student"]["test"],
-        registers="import xdistil  # knows the BiLSTM\n    " if students.is_bilstm(student.config) else ""))
-    found = {"same_predictions": True, f"dev_{params.unit}s": sum(map(len, tags[0]))}
-    return found | ({"onnx": _export_onnx(stage, student, inputs, accelerator)} if params.onnx else {})
+    onnx = _export_onnx(stage, student, inputs, accelerator) if params.onnx else {}
+    source = params.pt_teacher_checkpoint if params.distil else params.pt_student_checkpoint
+    save_text(stage.dir / "README.md", card.write_card(
+        params.unit, metrics["student"], metrics.get("teacher"), onnx, source=source.split("/")[-1],
+        labels=inputs.labels, data=Path(params.task).name, seq_len=params.seq_len, licence=params.licence,
+        registers="import xdistil  # knows the BiLSTM" if students.is_bilstm(student.config) else ""))
+    return {"same_predictions": True, f"dev_{params.unit}s": sum(map(len, tags[0])), "onnx": onnx}
 
 
 def _export_onnx(stage: Stage, student, inputs: Inputs, accelerator) -> dict:

@@ -60,24 +60,41 @@ def sizes(run: Run) -> Table:
                   for name, m in (("teacher", found["teacher"]), ("student", found))])
 
 
-def dev_by_stage(run: Run) -> tuple[dict[str, float], float]:
-    """Macro F1 on dev after each training stage of the student; and the teacher's."""
-    macro = {name: run.stage(name).metrics["dev"]["macro"] for name in ("teacher", "hidden", "logits", "labels")}
-    return macro, macro.pop("teacher")
+def dev_by_stage(run: Run) -> tuple[dict[str, float], float | None]:
+    """Macro F1 on dev after each training stage of the student; and the teacher's, if there is one."""
+    names = ("teacher", "hidden", "logits", "labels") if "teacher" in run.stage("evaluation").metrics else ("labels",)
+    macro = {name: run.stage(name).metrics["dev"]["macro"] for name in names}
+    return macro, macro.pop("teacher", None)
+
+
+def sides(run: Run) -> tuple[dict | None, dict]:
+    """What evaluation found of the teacher, if there is one, and of the student."""
+    found = run.stage("evaluation").metrics
+    return found.get("teacher"), found["student"]
+
+
+def by_language(run: Run) -> tuple[dict | None, dict]:
+    """Test F1 per language, of the teacher, if there is one, and of the student."""
+    return tuple(side and side["test"]["by_language"] for side in sides(run))
 
 
 def results(run: Run) -> Table:
-    """Teacher beside student: F1 on test per language and in the mean, size and speed."""
-    teacher, student, kept = (run.stage("evaluation").metrics[name] for name in ("teacher", "student", "retention"))
-    f1, goal = student["test"], teacher["test"]
-    rows = [(f"F1 {language}", goal["by_language"][language], f1["by_language"][language], share)
-            for language, share in kept["by_language"].items()]
-    rows += [(title, goal[mean], f1[mean], kept[mean]) for mean, title in evaluate.MEANS.items() if mean in kept]
-    rows = [(f"{title} (%)", *(x and 100 * x for x in values)) for title, *values in rows]
-    rows += [(title, teacher[key], student[key], 100 * student[key] / teacher[key]) for title, key in (
-        ("parameters", "parameters"), ("without embeddings", "non_embedding"), ("MB on disk", "mb"),
-        ("ms/sentence, batch 1", "ms_per_sentence"), ("sentences/s, batch 32", "sentences_per_second"))]
-    return Table([dict(zip(("", "teacher", "student", "student / teacher (%)"), row, strict=True)) for row in rows])
+    """Teacher, if there is one, beside student: F1 on test per language and in the mean, size and speed."""
+    names = ("parameters", "non_embedding", "mb", "ms_per_sentence", "sentences_per_second")
+    titles = ("parameters", "without embeddings", "MB on disk", "ms/sentence, batch 1", "sentences/s, batch 32")
+
+    def column(side: dict) -> dict:
+        f1 = {f"F1 {language}": x for language, x in side["test"]["by_language"].items()}
+        f1 |= {title: side["test"][mean] for mean, title in evaluate.MEANS.items() if mean in side["test"]}
+        return {f"{title} (%)": x and 100 * x for title, x in f1.items()} | dict(
+            zip(titles, map(side.get, names), strict=True))
+
+    teacher, student = (side and column(side) for side in sides(run))
+    if not teacher:
+        return Table([{"": title, "student": x} for title, x in student.items()])
+    return Table([{"": title, "teacher": x, "student": student[title], "student / teacher (%)":
+                   100 * student[title] / x if x and student[title] is not None else None}
+                  for title, x in teacher.items()])
 
 
 def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
