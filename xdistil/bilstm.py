@@ -5,9 +5,9 @@ attention maps; padding stands on the right and reaches no real token."""
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
@@ -21,7 +21,6 @@ class BiLstmConfig(PreTrainedConfig):
     hidden_size: int = 1200
     num_hidden_layers: int = 1
     hidden_dropout_prob: float | int = 0.2
-    initializer_range: float = 0.02
     pad_token_id: int | None = 0
 
 
@@ -62,6 +61,11 @@ class BiLstmPreTrainedModel(PreTrainedModel):
 
     config_class, base_model_prefix, _input_embed_layer = BiLstmConfig, "bilstm", "word_embeddings"
 
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding):  # at unit variance: no norm stands between them and the gates
+            init.normal_(module.weight)
+
 
 class BiLstmModel(BiLstmPreTrainedModel):
     """The encoder. Hidden states: embeddings [B, S, E], then L of [B, S, 2H]."""
@@ -97,7 +101,7 @@ class BiLstmForTokenClassification(BiLstmPreTrainedModel):
     def forward(self, input_ids, attention_mask=None, labels=None, output_hidden_states=None, **_):
         out = self.bilstm(input_ids, attention_mask, output_hidden_states, return_dict=True)
         logits = self.classifier(out.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits.transpose(1, 2), labels)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.transpose(1, 2), labels)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 
