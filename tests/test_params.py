@@ -102,6 +102,7 @@ def test_the_limits_above_are_all_there_are():
      "set compress_word_embedding: false"),
     ({"student_arch": "bilstm", "student_init": "teacher_layers"}, "student_arch", "set student_arch: transformer"),
     ({"student_arch": "bilstm", "pt_student_checkpoint": "x/y"}, "student_arch", "remove .* pt_student_checkpoint"),
+    ({"projection_gelu": True, "hidden_loss": "cka"}, "projection_gelu", "set hidden_loss: mse, or projection_gelu"),
     ({"student_arch": "bilstm", "distil_attention": True}, "distil_attention",
      "set distil_attention: false, or student_arch: transformer"),
     ({"freeze_word_embedding": True}, "freeze_word_embedding", "set compress_word_embedding: true"),

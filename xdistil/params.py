@@ -161,6 +161,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "student_init and pt_student_checkpoint, or set student_arch: transformer"),
             (bilstm and self.distil_attention, "distil_attention: a bilstm has no attention maps; set "
              "distil_attention: false, or student_arch: transformer"),
+            (self.projection_gelu and self.hidden_loss == "cka", "projection_gelu: hidden_loss cka projects nothing; "
+             "set hidden_loss: mse, or projection_gelu: false"),
             (copied and compress, "compress_word_embedding: copied teacher layers have the teacher's width, so "
              "nothing is to be compressed; set compress_word_embedding: false"),
             (not self.distil and (compress or self.trim_vocab or not checkpoint), "distil: false fine-tunes "
