@@ -17,7 +17,7 @@ LEVELS = [  # a module may import those of lower levels only
      "spans", "card"},
     {"runs", "devices", "data", "demo_data", "models"},
     {"texts", "students", "targets", "vocab", "training", "frozen", "export", "evaluate", "alignment", "report"},
-    {"inputs"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},
+    {"inputs", "predict"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
 HOLD_PARAMS = {"params", "runs", "inputs", "feeds", "stages", "views", "cli"}

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("input", help="text<TAB>anything, one sentence or text a line, of a student of pairs "
                          "text<TAB>text<TAB>anything; - for stdin")
     predict.add_argument("-o", "--output", default="-", help="words<TAB>tags or text<TAB>label lines; - for stdout")
+    predict.add_argument("--format", choices=("tsv", "jsonl"), help="jsonl: with probabilities, and entities with "
+                         "their places; default: by the name of the output, else tsv")
     predict.add_argument("--batch_size", type=int, default=64, help="sentences per step")
     predict.add_argument("--onnx", choices=("fp32", "int8"), help="run a file of `xdistil export`, not torch")
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda, xla or mps")
@@ -129,38 +130,22 @@ def export_files(asked) -> int:
 
 
 def predict_file(asked) -> int:
-    """Label a file or stdin as a stream, in input order, one line out for each line in."""
-    from xdistil import data, devices, evaluate, export, families, models, texts
+    """Label a file or stdin as a stream."""
+    from xdistil import predict
 
-    config = models.load_config(asked.student_dir, "STUDENT_DIR")
-    labels = [config.id2label[i] for i in range(config.num_labels)]
-    tokenizer = models.load_tokenizer(asked.student_dir, "STUDENT_DIR")
-    accelerator = devices.open_accelerator(asked.device, "float32" if asked.onnx else "auto", quiet=True)
-    if asked.onnx:
-        model = export.OnnxTagger(asked.student_dir, asked.onnx)
-    else:
-        model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR", models.unit_of(config))
-        model = models.prepare_to_answer(model, accelerator)
-    seq_len, unit, n_cut = min(tokenizer.model_max_length, families.n_positions(config)), models.unit_of(config), 0
-    rows = (texts.units_of(line, unit, f"{asked.input}:{n}") for n, line in data.read_lines(asked.input))
+    labeller = predict.Labeller(asked.student_dir, asked.onnx, asked.device, asked.batch_size)
+    form = predict.form_of(asked.output, asked.format)
 
     def write(path=None):
-        nonlocal n_cut
         with open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout) as handle:
-            while words := list(islice(rows, 4096)):
-                examples, cut = texts.encode(data.Sentences(words), unit, tokenizer, seq_len)
-                n_cut += cut
-                tags = evaluate.predict_tags(model, examples, words, labels, tokenizer.pad_token_id, accelerator,
-                                             asked.batch_size)
-                for sentence, found in zip(words, tags, strict=True):
-                    handle.write(f"{' '.join(sentence)}\t{' '.join(found)}\n" if sentence else "\n")
-                handle.flush()
+            predict.predict_file(labeller, asked.input, handle, form)
 
     if asked.output == "-":
         sys.stdout.reconfigure(encoding="utf-8")
         write()
     else:
         save_atomic(Path(asked.output), write)
-    if n_cut:
-        print(f"{n_cut:,} {unit}s are longer than {seq_len} sub-words and were cut", file=sys.stderr)
+    if labeller.n_cut:
+        print(f"{labeller.n_cut:,} {labeller.unit}s are longer than {labeller.seq_len} sub-words and were cut",
+              file=sys.stderr)
     return 0

@@ -13,10 +13,12 @@ from xdistil import data, grouping, models
 MEANS = {"macro": "macro F1", "micro": "micro F1", "accuracy": "accuracy", "matthews": "Matthews"}
 
 
-def _best(model, batch: dict, accelerator) -> torch.Tensor:
+def _best(model, batch: dict, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probability of the most probable label, and that label."""
     inputs = models.model_inputs(model, batch, accelerator.device)
     with torch.inference_mode(), accelerator.autocast():
-        return models.run_model(model, inputs)[0].argmax(-1).cpu()
+        best = models.run_model(model, inputs)[0].float().softmax(-1).max(-1)
+    return best.values.cpu(), best.indices.cpu()
 
 
 def _batches(lengths: np.ndarray, batch_size: int, accelerator) -> list[tuple[np.ndarray, int]]:
@@ -28,21 +30,27 @@ def _batches(lengths: np.ndarray, batch_size: int, accelerator) -> list[tuple[np
     return grouping.batches(lengths, shapes)
 
 
-def predict_tags(model, examples: data.Examples, words: list[list[str]], labels: list[str], pad_id: int,
-                 accelerator, batch_size: int = 64) -> list[list[str]]:
-    """The most probable label of every word, in input order: at its first sub-word, in the one window that owns it. Of
-    a text or pair, see `texts`, one label."""
-    tags = [["O"] * len(sentence) for sentence in words]
+def predict(model, examples: data.Examples, words: list[list[str]], labels: list[str], pad_id: int, accelerator,
+            batch_size: int = 64) -> tuple[list[list[str]], list[list[float]]]:
+    """The most probable label of every word and its probability (0..1), in input order: at the word's first sub-word,
+    in the one window that owns it. Of a text or pair, see `texts`, one label."""
+    tags, scores = ([[empty] * len(sentence) for sentence in words] for empty in ("O", 1.0))
     model.eval()
     for rows, width in _batches(examples.lengths, batch_size, accelerator) if len(examples) else ():
         batch = data.collate(examples, rows, pad_id, width)
-        best = _best(model, batch, accelerator)
+        score, best = _best(model, batch, accelerator)
         word_of = batch["words"][:, : best.shape[1]]
         first = word_of >= 0
         sentences = examples.sentences[rows][first.nonzero()[:, 0].numpy()]
-        for sentence, word, label in zip(sentences, word_of[first].tolist(), best[first].tolist(), strict=True):
-            tags[sentence][word] = labels[label]
-    return tags
+        for sentence, word, label, sure in zip(sentences, *(x[first].tolist() for x in (word_of, best, score)),
+                                               strict=True):
+            tags[sentence][word], scores[sentence][word] = labels[label], sure
+    return tags, scores
+
+
+def predict_tags(*args, **options) -> list[list[str]]:
+    """The labels alone of `predict`."""
+    return predict(*args, **options)[0]
 
 
 def entity_f1(gold: list[list[str]], predicted: list[list[str]]) -> dict:
