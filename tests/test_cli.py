@@ -386,3 +386,29 @@ def test_interrupting_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run_notebooks", interrupt)
     assert cli.main(["run", SMOKE]) == 130
     assert_matches("^xdistil: interrupted; the same command goes on", capsys.readouterr().err)
+
+
+def test_push_uploads_what_is_named_and_only_when_asked(smoke, monkeypatch, capsys):
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo, **options):
+            calls.append((repo, options))
+
+        def upload_folder(self, **options):
+            calls.append(options)
+            return "https://hub/me/tagger"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert cli.main(["push", str(smoke / "student"), "me/tagger"]) == 0
+    assert calls == [("me/tagger", {"private": True, "exist_ok": True}),
+                     {"folder_path": str(smoke / "student"), "repo_id": "me/tagger"}]
+    assert capsys.readouterr().out.strip() == "https://hub/me/tagger"
+    calls.clear()
+    assert_matches("STUDENT_DIR: cannot load", refused(capsys, "push", smoke, "me/tagger"))
+    assert not calls
+
+
+def test_push_without_network_says_so(smoke, capsys):
+    found = refused(capsys, "push", smoke / "student", "me/tagger")
+    assert_matches("push: me/tagger was not written .*network", found)

@@ -1,4 +1,4 @@
-"""The command line: xdistil run, check, export, predict. Exit codes: 0 done, 1 a stage failed, 2 bad input."""
+"""The command line; see `xdistil --help`. Exit codes: 0 done, 1 a stage failed, 2 bad input."""
 
 import argparse
 import difflib
@@ -33,6 +33,10 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{field}", default=argparse.SUPPRESS, help=text, **kind)
     export = commands.add_parser("export", help="write a student's ONNX files, float32 and int8", allow_abbrev=False)
     export.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
+    push = commands.add_parser("push", help="upload a student to the Hugging Face hub", allow_abbrev=False)
+    push.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
+    push.add_argument("repo", help="USER/NAME on the hub; made if it is not there")
+    push.add_argument("--public", action="store_true", help="visible to everyone; default: private")
     predict = commands.add_parser("predict", help="label words, texts or pairs with a student", allow_abbrev=False)
     predict.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
     predict.add_argument("input", help="text<TAB>anything, one sentence or text a line, of a student of pairs "
@@ -54,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             near = difflib.get_close_matches(unknown[0].lstrip("-"), Params.model_fields, 1, 0.5)
             hint = f"did you mean --{near[0]}?" if near else "see xdistil run --help"
             raise ValueError(f"unknown parameter {unknown[0]!r}; {hint}")
-        if asked.command in ("predict", "export"):
-            return (predict_file if asked.command == "predict" else export_files)(asked)
+        if asked.command in ("predict", "export", "push"):
+            return {"predict": predict_file, "export": export_files, "push": push_files}[asked.command](asked)
         values = {name: absolute_path(name, value, Path.cwd())  # flags are relative to the working directory
                   for name, value in vars(asked).items() if name in Params.model_fields}
         values |= {"distil": False} if asked.command == "finetune" else {}
@@ -126,6 +130,24 @@ def export_files(asked) -> int:
     model = models.load_classifier(asked.student_dir, labels, "STUDENT_DIR", models.unit_of(config))
     for path in export.export_onnx(model, Path(asked.student_dir) / "onnx").values():
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def push_files(asked) -> int:
+    """Upload a student's folder; nothing else in this project ever does."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    from xdistil import models
+
+    models.load_tokenizer(asked.student_dir, "STUDENT_DIR")  # a clear error if this is no model
+    try:
+        api = HfApi()
+        api.create_repo(asked.repo, private=not asked.public, exist_ok=True)
+        print(api.upload_folder(folder_path=asked.student_dir, repo_id=asked.repo))
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise ValueError(f"push: {asked.repo} was not written ({str(error).strip().splitlines()[0]}); log in with `hf "
+                         "auth login`, on a machine with network") from None
     return 0
 
 
