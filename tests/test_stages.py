@@ -514,4 +514,5 @@ def test_onnx_files_are_scored_beside_the_student(copied):
     found, wanted = run.stage("student").metrics["onnx"], run.stage("labels").metrics["dev"]
     assert found["fp32"]["dev"] == wanted and set(found) == {"fp32", "int8"}
     assert all(x["ms_per_sentence"] > 0 and x["mb"] > 0 for x in found.values())
+    assert found["fp32"]["farthest_logit"] < 1e-4 < found["int8"]["farthest_logit"]
     assert sorted(p.name for p in (folder / "student" / "onnx").iterdir()) == ["model-int8.onnx", "model.onnx"]

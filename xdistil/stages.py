@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
@@ -280,10 +281,17 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
 
 
 def _export_onnx(stage: Stage, student, inputs: Inputs, accelerator) -> dict:
-    """Write the ONNX files; size, dev F1 and speed of each."""
-    found = {}
+    """Write the ONNX files; of each its size, dev F1, speed, and how far at the most its logits are from torch's.
+    Raises RuntimeError if the float32 file does not answer as the student does."""
+    found, examples = {}, inputs.read("dev")[1]
+    batch = data.collate(examples, range(min(64, len(examples))), inputs.pad_id)
     for name, path in export.export_onnx(student, stage.dir / "onnx").items():
         tagger = export.OnnxTagger(stage.dir, name)
+        with torch.inference_mode():
+            wanted, got = (models.run_model(model, batch)[0] for model in (student.cpu().eval(), tagger))
+        far = float((wanted - got)[batch["attention_mask"][:, : got.shape[1]] > 0].abs().max())
+        if name == "fp32" and far > 1e-3:
+            raise RuntimeError(f"{path}: logits differ from the student's by {far:.2g}; set onnx: false")
         found[name] = {"mb": path.stat().st_size / 1e6, "dev": inputs.score(tagger, "dev", accelerator)[0],
-                       **evaluate.measure_speed(tagger, inputs.read("dev")[1], inputs.pad_id, accelerator)}
+                       "farthest_logit": far, **evaluate.measure_speed(tagger, examples, inputs.pad_id, accelerator)}
     return found

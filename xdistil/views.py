@@ -129,7 +129,8 @@ def trial(params: Params, run: Run) -> tuple[str, object, dict]:
 def onnx(stage: Stage) -> Table:
     """Size, dev F1 and speed of the exported ONNX files."""
     found = stage.metrics.get("onnx", {})
-    rows = [{"ONNX": name, "MB": x["mb"], "dev macro F1 (%)": 100 * x["dev"]["macro"],
-             "ms/sentence, batch 1": x["ms_per_sentence"], "sentences/s, batch 32": x["sentences_per_second"]}
+    rows = [{"ONNX": name, "MB": x["mb"], "logits differ by": x["farthest_logit"],
+             "dev macro F1 (%)": 100 * x["dev"]["macro"], "ms/sentence, batch 1": x["ms_per_sentence"],
+             "sentences/s, batch 32": x["sentences_per_second"]}
             for name, x in found.items()]
     return Table(rows or [{"ONNX": "not asked for; set onnx: true"}])
