@@ -415,6 +415,9 @@ def test_a_student_from_a_checkpoint_of_the_family(name, teacher_of, checkpoint,
                                              True)
     assert len(word_embedding(student)) == student.config.vocab_size == len(tokenizer)
     assert origin == "the student's own" if name in ("electra", "distilbert", "bert", "xlm") else "shared" in origin
+    given, own = transformers.AutoModel.from_pretrained(checkpoint(name)).state_dict(), student.base_model.state_dict()
+    layers = [n for n in own if "embed" not in n]  # not of another class, which would leave them random
+    assert len(layers) >= 16 and all(torch.equal(given[n], own[n]) for n in layers)
     check_student(student, tokenizer, encoded(tokenizer), accelerator, tmp_path)
 
 
