@@ -25,8 +25,8 @@ RECIPES = {  # the file or the flags, layer pairs, steps of unfreezing, class of
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs_to_the_end_and_opens_the_test_set_last(name, teacher_folder, toy, root, sentences, labels,
-                                                              tmp_path):
+def test_a_recipe_runs_to_the_end_and_needs_no_test_set_before(name, teacher_folder, toy, root, sentences, labels,
+                                                               tmp_path):
     recipe, pairs, steps, kind = RECIPES[name]
     config, tokenizer = models.load_config(teacher_folder), models.load_tokenizer(teacher_folder)
     config.num_hidden_layers = 12
