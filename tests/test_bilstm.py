@@ -10,7 +10,7 @@ import torch
 from test_stages import changed, run_stages, smoke_params, weights
 from torch import nn
 
-from xdistil import cli, frozen, models, stages, views
+from xdistil import cli, dropout, frozen, models, stages, views
 from xdistil.bilstm import BiLstmConfig, BiLstmForTokenClassification, BiLstmLayer
 from xdistil.data import collate
 from xdistil.export import OnnxTagger, export_onnx
@@ -107,8 +107,8 @@ def test_groups_and_frozen_layers_are_those_of_any_encoder(model, batch, example
     assert [name for name, _ in groups] == ["head", "layer_2", "layer_1", "embeddings"]
     assert sum((names for _, names in groups), []) and sorted(sum((names for _, names in groups), [])) == sorted(
         name for name, _ in model.named_parameters())
-    models.pool_dropout(model)
-    models.set_dropout(model, hidden=0.5, attention=0.0)
+    dropout.pool_dropout(model)
+    dropout.set_dropout(model, hidden=0.5, attention=0.0)
     for learning, n_frozen in ((groups[:1], 2), (groups[:2], 1), (groups[:3], 0)):
         freeze_to(model, sum((names for _, names in learning), []))
         assert n_frozen_layers(model) == n_frozen

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_stages import TOY, finished_smoke_run, hashes, plain_teacher, read_rows
+from test_students import save_pretrained_student
 
 from xdistil import cli, devices
 from xdistil.params import Params
@@ -412,3 +413,13 @@ def test_push_uploads_what_is_named_and_only_when_asked(smoke, monkeypatch, caps
 def test_push_without_network_says_so(smoke, capsys):
     found = refused(capsys, "push", smoke / "student", "me/tagger")
     assert_matches("push: me/tagger was not written .*network", found)
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_another_vocabulary_is_refused_before_training(tmp_path, capsys, command, sentences, labels):
+    words = {word for words in sentences.words for word in words}
+    student = save_pretrained_student(tmp_path, set(sorted(words)[::2]), labels, 24)
+    flags = ["--no-compress_word_embedding", "--no-freeze_word_embedding", "--no-distil_attention"]
+    line = refused(capsys, command, SMOKE, "--model_dir", tmp_path / "run", "--pt_student_checkpoint", student, *flags)
+    assert_matches("has another vocabulary than the teacher .*set compress_word_embedding: true", line)
+    assert not (tmp_path / "run").exists()

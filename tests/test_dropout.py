@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from xdistil.models import PooledDropout, pool_dropout, set_dropout
+from xdistil.dropout import PooledDropout, pool_dropout, set_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

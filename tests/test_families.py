@@ -13,7 +13,7 @@ from tokenizers import models as pieces
 from torch import nn
 from transformers import AutoModelForTokenClassification
 
-from xdistil import data, families, losses, models, stages, students
+from xdistil import data, dropout, families, losses, models, stages, students
 from xdistil.frozen import FrozenStates, run_upper
 from xdistil.params import load_params
 from xdistil.runs import STAGES, Run
@@ -328,7 +328,7 @@ def check_student(student, tokenizer, examples, accelerator, folder):
     batch = some(examples, tokenizer.pad_token_id)
     models.save_model(student, tokenizer, folder)
     student = models.load_classifier(folder, list(student.config.id2label.values()), "model_dir")
-    models.set_dropout(student.train(), hidden=0.0, attention=0.0)
+    dropout.set_dropout(student.train(), hidden=0.0, attention=0.0)
     assert torch.equal(*(models.run_model(student, batch)[0] for _ in range(2)))  # nothing drops out any more
     kept_steps = []
     for _, names in unfreezing_steps(layer_groups(student), "layer"):
@@ -398,7 +398,7 @@ def test_dropout_of_maps_is_set_apart(name, teacher_of, encoded):
     model, tokenizer = teacher_of(name)
     batch = some(encoded(tokenizer), tokenizer.pad_token_id)
     for hidden, attention in ((0.5, 0.0), (0.0, 0.5)):
-        models.set_dropout(model.train(), hidden=hidden, attention=attention)
+        dropout.set_dropout(model.train(), hidden=hidden, attention=attention)
         maps = torch.stack(models.run_model(model, batch, False, True)[2])
         rows = maps.transpose(2, 3)[:, batch["attention_mask"] > 0]
         whole = (rows.sum(-1) - 1).abs() < 1e-5

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForTokenClassification,
@@ -22,6 +22,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from xdistil.dropout import set_dropout
 from xdistil.models import (
     PACKAGED,
     CheckpointError,
@@ -32,7 +33,6 @@ from xdistil.models import (
     load_tokenizer,
     run_model,
     save_model,
-    set_dropout,
     size_of,
 )
 from xdistil.unfreeze import encoder_layers
@@ -235,3 +235,34 @@ def test_a_folder_wins_over_the_packaged_teacher(teacher_folder, tmp_path, monke
     shutil.copytree(teacher_folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert load_config(name).hidden_size == 48
+
+
+@pytest.fixture
+def broken(teacher_folder, tmp_path):
+    """A copy of the tiny encoder, to be damaged."""
+    return shutil.copytree(teacher_folder, tmp_path / "broken")
+
+
+def test_weights_that_are_missing_are_not_left_random(broken, labels):
+    weights = load_file(broken / "model.safetensors")
+    kept = {name: w for name, w in weights.items() if "layer.2." not in name}
+    save_file(kept, broken / "model.safetensors", {"format": "pt"})
+    n = len(weights) - len(kept)
+    message = rf"teacher_model_dir: .*broken does not fit its config in {n} weights: \S*layer\.2"
+    with pytest.raises(CheckpointError, match=message):
+        load_classifier(broken, labels, "teacher_model_dir")
+
+
+def test_weights_of_another_shape_are_refused(broken, labels):
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    save_file(weights | {name: weights[name][:-3].clone()}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"word_embeddings.weight has shape \["):
+        load_classifier(broken, labels, "teacher_model_dir")
+
+
+def test_a_file_that_is_cut_off_is_refused(broken, labels):
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="teacher_model_dir: cannot load .*broken"):
+        load_classifier(broken, labels, "teacher_model_dir")

@@ -9,6 +9,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 GONE = {"transfoxl": "4.35.0"}  # the last version of transformers to support a family, by its documentation
 AFTER_PADDING = ("roberta", "camembert", "longformer", "data2vec-text", "ibert", "xmod")  # first position: padding + 1
 
+QKV = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
+       ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("Wq", "Wk", "Wv"),  # names of the projections in attention
+       ("Wqkv",), ("c_attn",))  # or of one for all three, end to end
+QUERIES = (*(names[0] for names in QKV), "in_proj")
+
 
 def gone(text: str) -> str | None:
     """The remedy where a text names a family that transformers has dropped."""

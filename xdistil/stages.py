@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
 
-from xdistil import alignment, card, data, embeddings, evaluate, export, losses, models, students
+from xdistil import alignment, card, data, dropout, embeddings, evaluate, export, losses, models, students
 from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.feeds import (
     from_frozen,
@@ -115,6 +115,8 @@ def check(params: Params, run: Run) -> None:
     open_accelerator(params.device, params.opt_policy, quiet=True)
     read_configs(params, run)
     inputs = Inputs(params, run)
+    if params.distil and params.initialisation == "checkpoint":
+        students.other_vocabulary(params.pt_student_checkpoint, inputs.tokenizer, params.compress_word_embedding)
     for name in ("train", "dev", "test", *["transfer"] * params.distil):
         inputs.sentences(name)
 
@@ -148,7 +150,7 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     hidden, attention, weights, spec = layer_pairs(params, teacher.config, student.config)
     for model in (teacher, student) if spec.attention else ():
         models.return_maps(model)
-    models.set_dropout(student, hidden=params.dropout, attention=0.0)
+    dropout.set_dropout(student, hidden=params.dropout, attention=0.0)
     projected = hidden if params.hidden_loss != "cka" else []
     projections = students.make_projections(projected, students.state_widths(student.config),
                                             teacher.config.hidden_size, params.projection_gelu)
@@ -225,7 +227,7 @@ def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
 def _student_and_steps(params: Params, run: Run, source: str, inputs: Inputs, device):
     """The student of an earlier stage, and the steps that unfreeze it from top to bottom."""
     student = _load_student(run, source, inputs, device) if params.distil else _load_checkpoint(params, inputs, device)
-    models.set_dropout(student, hidden=params.dropout, attention=params.dropout)
+    dropout.set_dropout(student, hidden=params.dropout, attention=params.dropout)
     return student, unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))
 
 

@@ -105,6 +105,18 @@ def spread(n_student: int, n_teacher: int, layer_map) -> list[tuple[int, int]]:
     return pairs
 
 
+def other_vocabulary(checkpoint: str, tokenizer, compress: bool):
+    """The tokenizer of a student's checkpoint if it has another vocabulary than the teacher's. Raises CheckpointError
+    if it has and `compress` is off."""
+    other = models.load_tokenizer(checkpoint, "pt_student_checkpoint")
+    if other.get_vocab() == tokenizer.get_vocab():
+        return None
+    if not compress:
+        raise models.CheckpointError(f"pt_student_checkpoint: {checkpoint!r} has another vocabulary than the teacher "
+                                     f"({len(other)}, {len(tokenizer)} pieces); set compress_word_embedding: true")
+    return other
+
+
 @torch.no_grad()
 def build_student(config, teacher, init: str, checkpoint: str | None, labels: list[str], tokenizer,
                   compress: bool) -> tuple[nn.Module, str]:
@@ -114,12 +126,7 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
     if init == "checkpoint":
         student = models.load_classifier(checkpoint, labels, "pt_student_checkpoint", unit)
         new, origin = word_embedding(student).clone(), "the student's own"
-        other = models.load_tokenizer(checkpoint, "pt_student_checkpoint")
-        if other.get_vocab() != tokenizer.get_vocab():
-            if not compress:
-                raise models.CheckpointError(f"pt_student_checkpoint: {checkpoint!r} has another vocabulary than the "
-                                             f"teacher ({len(other)}, {len(tokenizer)} pieces); set "
-                                             "compress_word_embedding: true")
+        if other := other_vocabulary(checkpoint, tokenizer, compress):
             ours, theirs = (t.convert_ids_to_tokens(list(range(len(t)))) for t in (tokenizer, other))
             new, n_shared = embeddings.map_to_student(words[: len(ours)], ours, new[: len(theirs)], theirs)
             origin = f"the teacher's, mapped by {n_shared} shared pieces"

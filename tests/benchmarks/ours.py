@@ -9,7 +9,7 @@ import torch
 from benchmarks.work import BATCH, CLIP, LEARNING_RATE, Setting, now
 from torch import nn
 
-from xdistil import data, embeddings, evaluate, export, losses, models, stages, students
+from xdistil import data, dropout, embeddings, evaluate, export, losses, models, stages, students
 from xdistil.devices import multiplies_bf16, open_accelerator
 from xdistil.frozen import FrozenStates, run_upper
 from xdistil.inputs import Inputs
@@ -48,7 +48,7 @@ class Ours:
         self.setting, self.stage, self.precision = setting, stage, precision
         self.name = f"ours {precision}" + " (head only)" * head_only
         self.teacher, student, projections = given
-        models.pool_dropout(student)  # as `load_classifier` does
+        dropout.pool_dropout(student)  # as `load_classifier` does
         self.terms, self.spec, self.model = logit_terms, TargetSpec(), student
         fixed = {name for name, p in student.named_parameters() if p is student.get_input_embeddings().weight}
         head = dict(layer_groups(student))["head"]
