@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
+from xdistil import evaluate
 from xdistil.data import Sentences, encode, word_pieces
 from xdistil.evaluate import entity_f1, measure_speed, predict_tags, retention, score
 
@@ -112,3 +115,13 @@ def test_speed_is_measured_in_positive_numbers(teacher, examples, accelerator):
     found = measure_speed(teacher, examples, 0, accelerator, n=5)
     assert sorted(found) == ["ms_per_sentence", "sentences_per_second"] and all(x > 0 for x in found.values())
     assert not teacher.training
+
+
+def test_in_bfloat16_a_model_meets_few_shapes_and_every_window(examples):
+    cpu = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
+    shapes = set()
+    for n in range(40, len(examples)):
+        found = evaluate._batches(examples.lengths[:n], 8, cpu)
+        assert set(np.concatenate([rows for rows, _ in found])) == set(range(n))
+        shapes |= {(len(rows), width) for rows, width in found}
+    assert len(shapes) <= len({width for _, width in shapes})  # one number of rows for each width

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 from test_stages import run_stages, smoke_params
 
-from xdistil import stages, views
+from xdistil import cli, stages, views
 from xdistil.inputs import teacher_source
 from xdistil.models import (
     CheckpointError,
@@ -424,3 +424,16 @@ def test_a_given_teacher_may_be_a_tensorflow_file(teacher, tokenizer, tmp_path):
     assert plain.stage("teacher").metrics["dev"] == run.stage("teacher").metrics["dev"]
     left, right = (load_file(r.dir / "student-init/model.safetensors") for r in (plain, run))
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_file_that_is_cut_off_is_told_before_training(tf1_folder, toy, tmp_path, capsys, command):
+    data = next(tf1_folder.glob("*.data-*"))
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 3])
+    flags = {"task": toy, "model_dir": tmp_path / "run", "pt_teacher_checkpoint": tf1_folder, "seq_len": 32,
+             "hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
+    asked = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+    assert cli.main([command, "--tf_model_check", *asked]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "xdistil: pt_teacher_checkpoint: " in line and "cut off before the end of" in line
+    assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdistil import data, demo_data, evaluate, grouping, models, texts, tf_weights, unfreeze, vocab
+from xdistil import data, demo_data, evaluate, grouping, models, students, texts, tf_weights, unfreeze, vocab
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import Run, Stage, stages_of
@@ -142,6 +142,17 @@ class Inputs:
             self.kept, source, parameter = read_json(folder / KEPT_IDS), folder, "model_dir"
         self.tokenizer = models.load_tokenizer(source, parameter)
         self.pad_id = self.tokenizer.pad_token_id
+
+    def check(self) -> None:
+        """Look at all that can be wrong before training: the student's vocabulary, weights in a TensorFlow file, the
+        task's files. Raises CheckpointError or DataError."""
+        p, (source, parameter) = self.params, teacher_source(self.params, self.run)
+        if p.distil and p.initialisation == "checkpoint":
+            students.other_vocabulary(p.pt_student_checkpoint, self.tokenizer, p.compress_word_embedding)
+        if Path(source).suffix in tf_weights.SUFFIXES:
+            models.load_classifier(source, self.labels, parameter, p.unit)
+        for name in ("train", "dev", "test", *["transfer"] * p.distil):
+            self.sentences(name)
 
     def load_teacher(self):
         """The fine-tuned teacher in eval mode, on the vocabulary of the tokenizer."""

@@ -114,11 +114,7 @@ def check(params: Params, run: Run) -> None:
     ValueError naming the parameter, or the file and line, and the remedy."""
     open_accelerator(params.device, params.opt_policy, quiet=True)
     read_configs(params, run)
-    inputs = Inputs(params, run)
-    if params.distil and params.initialisation == "checkpoint":
-        students.other_vocabulary(params.pt_student_checkpoint, inputs.tokenizer, params.compress_word_embedding)
-    for name in ("train", "dev", "test", *["transfer"] * params.distil):
-        inputs.sentences(name)
+    Inputs(params, run).check()
 
 
 @_stage
