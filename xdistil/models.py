@@ -127,8 +127,9 @@ def load_classifier(checkpoint, labels: list[str], parameter: str, unit: str = "
 def _refuse_misfits(model, found: dict, place: str) -> None:
     """Raise CheckpointError if weights are missing, unknown or misshapen that are no new head."""
     head = {name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix)}
-    missing = set(found["missing_keys"])  # a pooler is of pre-training, or belongs to the head
-    new = {name for name in missing if name in head or ".pooler." in name} if head <= missing else set()
+    missing, misshapen = set(found["missing_keys"]), {name for name, *_ in found["mismatched_keys"]}
+    is_new = head <= missing | misshapen  # then a pooler, of pre-training or part of the head, may be new as well
+    new = {name for name in missing if name in head or ".pooler." in name} if is_new else set()
     wrong = [f"{name} is missing" for name in sorted(missing - new)]
     wrong += [f"{name} is unknown" for name in sorted(found["unexpected_keys"]) if ".pooler." not in name]
     wrong += [f"{name} has shape {list(there)}, not {list(due)}"
