@@ -516,3 +516,10 @@ def test_onnx_files_are_scored_beside_the_student(copied):
     assert all(x["ms_per_sentence"] > 0 and x["mb"] > 0 for x in found.values())
     assert found["fp32"]["farthest_logit"] < 1e-4 < found["int8"]["farthest_logit"]
     assert sorted(p.name for p in (folder / "student" / "onnx").iterdir()) == ["model-int8.onnx", "model.onnx"]
+
+
+def test_the_model_card_names_a_given_teacher(smoke, tmp_path):
+    given = plain_teacher(smoke, tmp_path / "their-teacher")
+    run = run_stages(smoke_params(tmp_path / "run", teacher_model_dir=str(given), distil_epochs=1, ft_epochs=1))
+    card = (run.dir / "student/README.md").read_text(encoding="utf-8")
+    assert "from a fine-tuned their-teacher" in card and "tiny-teacher" not in card

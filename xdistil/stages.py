@@ -24,7 +24,7 @@ from xdistil.feeds import (
 )
 from xdistil.files import save_atomic, save_json, save_text
 from xdistil.frozen import run_upper
-from xdistil.inputs import Inputs, depends, teacher_dir, teacher_source
+from xdistil.inputs import Inputs, depends, given_teacher, teacher_dir, teacher_source
 from xdistil.params import Params
 from xdistil.runs import STAGES, Run, Stage, describe_changes, stages_of
 from xdistil.targets import TargetSpec
@@ -270,7 +270,8 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
     if tags[0] != tags[1]:
         raise RuntimeError(f"{stage.dir} does not reproduce the student's predictions on dev")
     onnx = _export_onnx(stage, student, inputs, accelerator) if params.onnx else {}
-    source = params.pt_teacher_checkpoint if params.distil else params.pt_student_checkpoint
+    teacher = given_teacher(params, run) or params.pt_teacher_checkpoint
+    source = str(teacher if params.distil else params.pt_student_checkpoint)
     save_text(stage.dir / "README.md", card.write_card(
         params.unit, metrics["student"], metrics.get("teacher"), onnx, source=source.split("/")[-1],
         labels=inputs.labels, data=Path(params.task).name, seq_len=params.seq_len, licence=params.licence,
