@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from tiny import pieces
 
 from xdistil.data import (
     REMEMBERED,
@@ -22,7 +23,6 @@ from xdistil.data import (
     subset,
     typical_sentence,
     windows,
-    word_pieces,
     write_tagged,
 )
 from xdistil.losses import IGNORED
@@ -157,13 +157,13 @@ def test_remembered_words_equal_whole_sentences(tokenizer, sentences):
     words = [*sentences.words, [], ["\u200b", "Storm", "\u00ad"], ["qqq\u4e2d", "Storm"]]
     trigger = ["a", "b"]
     slow = Neighbourly(tokenizer, trigger)
-    whole = list(word_pieces(slow, [trigger, *words]))
-    fast = list(word_pieces(tokenizer, [trigger, *words]))
+    whole = pieces(slow, [trigger, *words])
+    fast = pieces(tokenizer, [trigger, *words])
     assert whole[0] != fast[0] and whole[1:] == fast[1:]
-    assert [len(pieces) for pieces in fast[1:]] == [len(sentence) for sentence in words]
+    assert [len(found) for found in fast[1:]] == [len(sentence) for sentence in words]
     # a word without pieces is one unknown piece
     storm = tokenizer("Storm", add_special_tokens=False)["input_ids"]
-    assert list(map(list, fast[-2])) == [[tokenizer.unk_token_id], storm, [tokenizer.unk_token_id]]
+    assert fast[-2] == [[tokenizer.unk_token_id], storm, [tokenizer.unk_token_id]]
 
 
 def test_special_tokens_are_those_around_a_text(tokenizer):
@@ -290,14 +290,15 @@ def test_remembered_words_equal_the_tokenizers_in_thirteen_languages(shared, kin
     tokenizer = {"WordPiece": lambda: load_tokenizer("sentence-transformers/all-MiniLM-L6-v2"),
                  "Unigram": lambda: load_tokenizer(shared / "weights" / "me5-small-q4-73k"),
                  "byte-level BPE": lambda: byte_level_bpe(found.words)}[kind]()
-    remembered = list(word_pieces(tokenizer, found.words))
-    assert len(REMEMBERED[tokenizer]) == len({word for sentence in found.words for word in sentence})  # the fast way
+    remembered = pieces(tokenizer, found.words)
+    distinct = {word for sentence in found.words for word in sentence}
+    assert len(REMEMBERED[tokenizer][0]) == len(distinct)  # the fast way
     encoded = tokenizer(found.words, is_split_into_words=True, add_special_tokens=False)
-    for i, pieces in enumerate(remembered):
-        wanted = [[] for _ in pieces]
+    for i, got in enumerate(remembered):
+        wanted = [[] for _ in got]
         for piece, word in zip(encoded["input_ids"][i], encoded.word_ids(i), strict=True):
             wanted[word].append(piece)
-        assert list(map(list, pieces)) == [ids or [tokenizer.unk_token_id] for ids in wanted]
+        assert got == [ids or [tokenizer.unk_token_id] for ids in wanted]
 
 
 def test_processes_share_the_work_and_change_nothing(sentences, tokenizer, labels):

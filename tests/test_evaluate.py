@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import pieces
 from torch import nn
 
 from xdistil import evaluate
-from xdistil.data import Sentences, encode, word_pieces
+from xdistil.data import Sentences, encode
 from xdistil.evaluate import entity_f1, measure_speed, predict_tags, retention, score
 
 NONE = {"precision": None, "recall": None, "f1": None, "by_type": {}}
@@ -101,8 +102,7 @@ def test_every_word_has_one_prediction_in_input_order(sentences, tokenizer, labe
     examples = encode(Sentences(words), tokenizer, seq_len)
     model = ById(len(labels)).train()
     found = predict_tags(model, examples, words, labels, 0, accelerator, batch_size)
-    pieces = word_pieces(tokenizer, words)
-    assert found == [[labels[ids[0] % len(labels)] for ids in sentence] for sentence in pieces]
+    assert found == [[labels[ids[0] % len(labels)] for ids in sentence] for sentence in pieces(tokenizer, words)]
     assert not model.training
 
 

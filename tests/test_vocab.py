@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from test_stages import PLAIN, plain_teacher, read_rows, run_stages, smoke, smoke_params  # noqa: F401
+from tiny import pieces
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
@@ -67,7 +68,7 @@ def words(toy, labels):
 def trimmed(request, words):
     """(full, trimmed tokenizer, kept ids) of a kind, trimmed to the words to keep."""
     full = trained(request.param, words[0] + words[1])
-    used = {i for pieces in data.word_pieces(full, [words[0]]) for ids in pieces for i in ids}
+    used = {i for ids in pieces(full, [words[0]])[0] for i in ids}
     return full, *vocab.trim_tokenizer(full, used)
 
 
@@ -77,9 +78,9 @@ def shuffled(words: list[str], n: int) -> list[str]:
     return ["".join(draw.choices(letters, k=draw.randint(1, 12))) for _ in range(n)]
 
 
-def pieces(tokenizer, words):
+def texts(tokenizer, words):
     """The pieces of each word, as text."""
-    return [tokenizer.convert_ids_to_tokens(ids) for ids in next(data.word_pieces(tokenizer, [words]))]
+    return [tokenizer.convert_ids_to_tokens(ids) for ids in pieces(tokenizer, [words])[0]]
 
 
 def check_reading(full, small, kept, words, others):
@@ -87,8 +88,8 @@ def check_reading(full, small, kept, words, others):
     assert len(small) == len(kept) < len(full)
     assert sorted(small.get_vocab().values()) == list(range(len(kept)))
     assert small.convert_ids_to_tokens(list(range(len(kept)))) == full.convert_ids_to_tokens(kept)
-    assert pieces(small, words) == pieces(full, words)
-    before, after = (next(data.word_pieces(t, [others])) for t in (full, small))
+    assert texts(small, words) == texts(full, words)
+    before, after = (pieces(t, [others])[0] for t in (full, small))
     for a, b, word in zip(before, after, others, strict=True):
         assert full.unk_token_id in a or small.unk_token_id not in b, word
     assert vocab.share_cut_differently(full, small, kept, [words]) == 0
@@ -101,7 +102,7 @@ def test_what_was_used_is_cut_as_before_and_nothing_new_is_unknown(trimmed, word
     others = words[1] + shuffled(words[0] + words[1], 3000)
     check_reading(*trimmed, words[0], others)
     share = vocab.share_cut_differently(*trimmed, [words[1]])
-    differ = [a != b for a, b in zip(*(pieces(t, words[1]) for t in trimmed[:2]), strict=True)]
+    differ = [a != b for a, b in zip(*(texts(t, words[1]) for t in trimmed[:2]), strict=True)]
     assert 0 < share < 1 and share == pytest.approx(sum(differ) / len(differ))
 
 
@@ -156,7 +157,7 @@ def test_the_classes_of_real_checkpoints_survive(tokenizer_class, words, tmp_pat
         model = json.loads(plain.backend_tokenizer.to_str())["model"]
         merges = {"merges": [tuple(m) for m in model["merges"]], "add_prefix_space": True} if "merges" in model else {}
         full = tokenizer_class(vocab=model["vocab"] if merges else [tuple(x) for x in model["vocab"]], **merges)
-    used = {i for found in data.word_pieces(full, [words[0]]) for ids in found for i in ids}
+    used = {i for ids in pieces(full, [words[0]])[0] for i in ids}
     small, kept = vocab.trim_tokenizer(full, used)
     assert type(small) is tokenizer_class
     check_reading(full, small, kept, words[0], words[1] + shuffled(words[0] + words[1], 500))
@@ -170,7 +171,7 @@ def test_the_real_tokenizers_of_a_unigram_and_a_wordpiece_checkpoint(shared):
     seen, others = ([word for sentence in part for word in sentence] for part in (sentences[:400], sentences[400:]))
     for full in (load_tokenizer(shared / "weights/me5-multi-ner-teacher"),
                  load_tokenizer("sentence-transformers/all-MiniLM-L6-v2")):
-        used = {i for found in data.word_pieces(full, [seen]) for ids in found for i in ids}
+        used = {i for ids in pieces(full, [seen])[0] for i in ids}
         small, kept = vocab.trim_tokenizer(full, used)
         assert len(kept) < 0.6 * len(full)
         check_reading(full, small, kept, seen, others + shuffled(others, 2000))

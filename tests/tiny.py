@@ -4,6 +4,7 @@ from pathlib import Path
 
 import transformers
 
+from xdistil.data import word_pieces
 from xdistil.models import from_config
 
 
@@ -18,3 +19,11 @@ def random_teacher(words: set[str], labels: list[str], folder: Path) -> Path:
         vocab_size=len(vocab), hidden_size=48, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96,
         num_labels=len(labels))).save_pretrained(folder)
     return folder
+
+
+def pieces(tokenizer, sentences: list[list[str]]) -> list[list[list[int]]]:
+    """The sub-word ids of each word of each sentence, as the library reads them."""
+    ids, offsets, words = word_pieces(tokenizer, sentences)
+    words = iter(words)
+    return [[ids[offsets[i] : offsets[i + 1]].tolist() for _, i in zip(sentence, words, strict=False)]
+            for sentence in sentences]

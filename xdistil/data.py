@@ -6,9 +6,10 @@ import functools
 import os
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from joblib import Parallel, delayed
 from xdistil.files import save_text
 from xdistil.losses import IGNORED
 
-REMEMBERED = weakref.WeakKeyDictionary()  # by tokenizer: pieces by word
+REMEMBERED = weakref.WeakKeyDictionary()  # by tokenizer: places of words, their flat pieces, offsets of these
 EXACT = weakref.WeakKeyDictionary()  # by tokenizer: whether they may be remembered
+EMPTY = {}, np.zeros(0, np.int32), np.zeros(1, np.int64)
 PER_PROCESS = 250_000  # sentences: fewer are encoded before another process has started
-CACHED_WORDS = 200_000  # distinct words whose pieces are remembered: some 60 MB at the most
+PER_PART = 10_000  # sentences that are encoded at once
+CACHED_WORDS = 300_000  # distinct words are remembered before the next part starts anew: some 50 MB
 
 
 class DataError(ValueError):
@@ -82,16 +85,18 @@ def read_tagged(path: Path, labels: list[str], limit: int | None = None, seed: i
     and line for wrong columns, unequal counts of words and tags, unknown labels and invalid UTF-8; naming the file if
     it is missing or holds no sentence."""
     rows, repaired = [], 0
+    usual = {(last, tag) for last, tag in product(["O", *labels], labels) if tag[:2] != "I-" or tag[2:] == last[2:]}
     for number, line in ((number, line) for number, line in read_lines(path) if line.strip()):
         words, tags, language, *more = [*line.split("\t"), "", ""]
         words, tags = words.split(" "), tags.split(" ")
         if len(more) > 2 or len(words) != len(tags) or not all(words):
             raise DataError(f"{path}:{number}: {len(words)} words and {len(tags)} tags; expected "
                             "words<TAB>tags[<TAB>language] with as many of each, single spaces between")
-        if unknown := [tag for tag in tags if tag not in labels]:
-            raise DataError(f"{path}:{number}: unknown label {unknown[0]!r}; labels.tsv has {labels}")
-        tags, wrong = repair_iob2(tags)
-        repaired += wrong
+        if not usual.issuperset(zip(["O", *tags], tags, strict=False)):
+            if unknown := [tag for tag in tags if tag not in labels]:
+                raise DataError(f"{path}:{number}: unknown label {unknown[0]!r}; labels.tsv has {labels}")
+            tags, wrong = repair_iob2(tags)
+            repaired += wrong
         rows.append((words, tags, language.strip()))
     if not rows:
         raise DataError(f"{path}: no sentence in this file; expected words<TAB>tags lines")
@@ -121,39 +126,57 @@ def write_tagged(path: Path, sentences: Sentences, tags: list[list[str]]) -> Non
     save_text(path, "".join(f"{' '.join(w)}\t{' '.join(t)}\t{language}\n" for w, t, language in rows))
 
 
-def word_pieces(tokenizer, sentences: Iterable[list[str]]) -> Iterator[list[tuple[int, ...]]]:
-    """The sub-word ids of each word of each sentence; a word without any gets the unknown id. Distinct words are
-    tokenised once for all files and remembered where that is exact, which is checked on a tokenizer's first sentences;
-    elsewhere (pieces that depend on neighbours) whole sentences are tokenised in batches."""
-    unknown, cache = (tokenizer.unk_token_id or 0,), REMEMBERED.setdefault(tokenizer, {})
+def word_pieces(tokenizer, sentences: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat sub-word ids, the offsets [U + 1] of U words in them, and which of these each word of the sentences is; a
+    word without any sub-word gets the unknown id. Distinct words are tokenised once for all files and remembered where
+    that is exact, which is checked on a tokenizer's first sentences; elsewhere (pieces that depend on neighbours)
+    whole sentences are tokenised."""
+    unknown = tokenizer.unk_token_id or 0
 
     def whole(batch):
         if not tokenizer.is_fast:  # CTRL, XLM: word by word
-            yield from ([tokenizer(word, add_special_tokens=False)["input_ids"] or unknown for word in sentence]
-                        for sentence in batch)
-            return
-        encoded = tokenizer(batch, is_split_into_words=True, add_special_tokens=False, verbose=False)
-        for i, sentence in enumerate(batch):
-            ids = [[] for _ in sentence]
-            for piece, word in zip(encoded["input_ids"][i], encoded.word_ids(i), strict=True):
-                ids[word].append(piece)
-            yield [tuple(pieces) or unknown for pieces in ids]  # the garbage collector need not visit these tuples
+            found = [tokenizer(word, add_special_tokens=False)["input_ids"] for sentence in batch for word in sentence]
+            ids, sizes = list(chain.from_iterable(found)), np.array(list(map(len, found)), np.int64)
+        else:
+            encoded = tokenizer(batch, is_split_into_words=True, add_special_tokens=False, verbose=False,
+                                return_attention_mask=False, return_token_type_ids=False)
+            starts = accumulate(map(len, batch[:-1]), initial=0)
+            owner = [np.asarray(encoded.word_ids(i), np.int64) + start for i, start in enumerate(starts)]
+            ids = list(chain.from_iterable(encoded["input_ids"]))
+            sizes = np.bincount(np.concatenate(owner), minlength=sum(map(len, batch)))
+        bare = np.flatnonzero(sizes == 0)
+        ids = np.insert(np.asarray(ids, np.int32), np.cumsum(sizes)[bare], unknown)
+        sizes[bare] = 1
+        return ids, offsets_of(sizes), np.arange(len(sizes))
 
     def remembered(batch):
-        words = {word: None for sentence in batch for word in sentence}
-        if len(cache) + len(words) > CACHED_WORDS:
-            cache.clear()
-        new = [word for word in words if word not in cache]
-        rows = [new[i : i + 64] for i in range(0, len(new), 64)]  # one call a word would cost more than its pieces
-        cache.update(zip(new, chain.from_iterable(whole(rows) if rows else ()), strict=True))
-        return [[cache[word] for word in sentence] for sentence in batch]
+        index, ids, offsets = REMEMBERED.pop(tokenizer, EMPTY)
+        if len(index) > CACHED_WORDS or not index:
+            index, ids, offsets = defaultdict(), *EMPTY[1:]
+            index.default_factory = index.__len__  # a new word's place is the next one
+        words = np.fromiter(map(index.__getitem__, chain.from_iterable(batch)), np.int64)
+        if new := list(islice(index, len(offsets) - 1, None)):  # one call a word would cost more than its pieces
+            more, ends, _ = whole([new[i : i + 64] for i in range(0, len(new), 64)])
+            ids, offsets = np.concatenate([ids, more]), np.concatenate([offsets, len(ids) + ends[1:]])
+        REMEMBERED[tokenizer] = index, ids, offsets
+        return ids, offsets, words
 
-    source = iter(sentences)
-    while batch := list(islice(source, 2000)):
-        if tokenizer not in EXACT:
-            sample = [sentence for sentence in batch if sentence][:200]
-            EXACT[tokenizer] = list(whole(sample)) == remembered(sample)
-        yield from (remembered if EXACT[tokenizer] else whole)(batch)
+    if tokenizer not in EXACT:
+        sample = [sentence for sentence in sentences[:2000] if sentence][:200]
+        ways = [(ids[ragged(offsets[words], np.diff(offsets)[words])].tolist(), np.diff(offsets)[words].tolist())
+                for ids, offsets, words in (whole(sample), remembered(sample))]
+        EXACT[tokenizer] = ways[0] == ways[1]
+    return (remembered if EXACT[tokenizer] else whole)(sentences)
+
+
+def offsets_of(sizes) -> np.ndarray:
+    """Where each of N rows of these sizes starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def ragged(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The places start, start + 1, ... start + size - 1 of each of N rows, one after another."""
+    return np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
 
 
 @functools.lru_cache(maxsize=4)
@@ -206,13 +229,12 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
     """Token ids of sentences; longer ones become overlapping windows of at most `seq_len` sub-words. Very many are
     shared out over `n_jobs` processes; default: one for every PER_PROCESS sentences, as far as there are cores."""
     n_jobs = n_jobs or min(os.cpu_count(), max(1, len(sentences) // PER_PROCESS))
-    if n_jobs == 1:
-        return _encode(sentences, tokenizer, seq_len, labels)
-    cuts = [len(sentences) * i // n_jobs for i in range(n_jobs + 1)]
+    n_parts = max(n_jobs, -(-len(sentences) // PER_PART))
+    cuts = [len(sentences) * i // n_parts for i in range(n_parts + 1)]
     parts = Parallel(n_jobs)(delayed(_encode)(
         Sentences(sentences.words[a:b], sentences.tags and sentences.tags[a:b]), tokenizer, seq_len, labels)
         for a, b in pairwise(cuts))
-    starts = np.cumsum([0, *(len(part.input_ids) for part in parts)])
+    starts = offsets_of([len(part.input_ids) for part in parts])
     fields = [np.concatenate([getattr(part, name) for part in parts]) for name in ("input_ids", "labels", "words")]
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
     owners = [part.sentences + np.int32(start) for part, start in zip(parts, cuts, strict=False)]
@@ -221,33 +243,35 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
 
 def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str]) -> Examples:
     (before, after), tagged = special_tokens(tokenizer), labels and sentences.tags
-    capacity, label_id = seq_len - len(before) - len(after), {label: i for i, label in enumerate(labels)}
-    # Ids are gathered in a list; of everything else only counts, from which numpy makes the rest at once.
-    ids, counts, spans = [], [], []  # pieces of each shown word; (sentence, start, end, first, last) of each window
-    for i, pieces in enumerate(word_pieces(tokenizer, sentences.words)):
-        sizes = list(map(len, pieces))
-        whole = 0 < sum(sizes) <= capacity
-        for start, end, first, last in [(0, len(pieces), 0, len(pieces))] if whole else windows(sizes, capacity):
-            ids += before
-            ids += chain.from_iterable(pieces if whole else (p[:capacity] for p in pieces[start:end]))
-            ids += after
-            counts += sizes if whole else (min(size, capacity) for size in sizes[start:end])
-            spans.append((i, start, end, first, last))
-    counts, spans = np.asarray(counts, np.int64), np.asarray(spans, np.int64).reshape(-1, 5)
-    owner, start, end, first, last = spans.T
-    n_words = end - start
-    window = np.repeat(np.arange(len(spans)), n_words)  # of each shown word
-    word = np.arange(len(counts)) - np.repeat(np.cumsum(n_words) - n_words, n_words) + start[window]
-    n_special = len(before) + len(after)
-    place = np.cumsum(counts) - counts + window * n_special + len(before)  # of its first sub-word
-    sizes = np.bincount(window, counts, len(spans)).astype(np.int64) + n_special
+    capacity = seq_len - len(before) - len(after)
+    ids, starts, known = word_pieces(tokenizer, sentences.words)
+    sizes, ends = np.diff(starts)[known], offsets_of(list(map(len, sentences.words)))  # of words, of sentences
+    totals = np.diff(offsets_of(sizes)[ends])
+    fits = (0 < totals) & (totals <= capacity)
+    zero, length = np.zeros_like(totals), np.diff(ends)  # spans: (sentence, start, end, first, last) of each window
+    spans = np.stack([np.arange(len(totals)), zero, length, zero, length], 1)[fits]
+    cut = [(i, *span) for i in np.flatnonzero(~fits)
+           for span in windows(sizes[ends[i] : ends[i + 1]].tolist(), capacity)]
+    spans = np.concatenate([spans, np.asarray(cut, np.int64).reshape(-1, 5)])
+    owner, start, end, first, last = spans[np.argsort(spans[:, 0], kind="stable")].T
+
+    shown = ragged(ends[owner] + start, end - start)  # the words of each window
+    window = np.repeat(np.arange(len(owner)), end - start)
+    word, counts = shown - ends[owner][window], np.minimum(sizes[shown], capacity)
+    offsets = offsets_of(np.bincount(window, counts, len(owner)).astype(np.int64) + len(before) + len(after))
+    place = np.cumsum(counts) - counts + window * (len(before) + len(after)) + len(before)  # of its first sub-word
+    found = np.empty(offsets[-1], np.int32)
+    found[ragged(place, counts)] = ids[ragged(starts[known[shown]], counts)]
+    found[offsets[:-1, None] + np.arange(len(before))] = before
+    found[offsets[1:, None] - len(after) + np.arange(len(after))] = after
     owned = (first[window] <= word) & (word < last[window])
-    words, tags = np.full(len(ids), -1, np.int32), np.full(len(ids), IGNORED, np.int16)
+    words, tags = np.full(len(found), -1, np.int32), np.full(len(found), IGNORED, np.int16)
     words[place[owned]] = word[owned]
-    if tagged:  # every word is owned once, and in order
-        tags[place[owned]] = [label_id[tag] for sentence in sentences.tags for tag in sentence]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    return Examples(np.asarray(ids, np.int32), tags, words, offsets, owner.astype(np.int32))
+    if tagged:
+        label_id = {label: i for i, label in enumerate(labels)}
+        label_ids = np.fromiter(map(label_id.__getitem__, chain.from_iterable(sentences.tags)), np.int16, len(known))
+        tags[place[owned]] = label_ids[shown[owned]]
+    return Examples(found, tags, words, offsets, owner.astype(np.int32))
 
 
 def collate(examples: Examples, indices, pad_id: int, width: int | None = None) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 from xdistil.data import word_pieces
@@ -105,6 +106,8 @@ def trim_model(model, kept: list[int]):
 
 def share_cut_differently(full, trimmed, kept: list[int], sentences: list[list[str]]) -> float:
     """The share of words (0..1) that the trimmed tokenizer cuts into other pieces than the full one."""
-    pairs = zip(word_pieces(full, sentences), word_pieces(trimmed, sentences), strict=True)
-    differ = [[*a] != [kept[i] for i in b] for words in pairs for a, b in zip(*words, strict=True)]
+    (a, a_starts, words), (b, b_starts, again) = (word_pieces(t, sentences) for t in (full, trimmed))
+    b = np.asarray(kept)[b]
+    differ = [not np.array_equal(a[a_starts[i] : a_starts[i + 1]], b[b_starts[j] : b_starts[j + 1]])
+              for i, j in zip(words, again, strict=True)]
     return sum(differ) / len(differ)
