@@ -135,7 +135,7 @@ def word_pieces(tokenizer, sentences: Sequence[list[str]]) -> tuple[np.ndarray, 
 
     def whole(batch):
         if not tokenizer.is_fast:  # CTRL, XLM: word by word
-            found = [tokenizer(word, add_special_tokens=False)["input_ids"] for sentence in batch for word in sentence]
+            found = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in chain.from_iterable(batch)]
             ids, sizes = list(chain.from_iterable(found)), np.array(list(map(len, found)), np.int64)
         else:
             encoded = tokenizer(batch, is_split_into_words=True, add_special_tokens=False, verbose=False,
@@ -231,9 +231,8 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
     n_jobs = n_jobs or min(os.cpu_count(), max(1, len(sentences) // PER_PROCESS))
     n_parts = max(n_jobs, -(-len(sentences) // PER_PART))
     cuts = [len(sentences) * i // n_parts for i in range(n_parts + 1)]
-    parts = Parallel(n_jobs)(delayed(_encode)(
-        Sentences(sentences.words[a:b], sentences.tags and sentences.tags[a:b]), tokenizer, seq_len, labels)
-        for a, b in pairwise(cuts))
+    rows = (Sentences(sentences.words[a:b], sentences.tags and sentences.tags[a:b]) for a, b in pairwise(cuts))
+    parts = Parallel(n_jobs)(delayed(_encode)(some, tokenizer, seq_len, labels) for some in rows)
     starts = offsets_of([len(part.input_ids) for part in parts])
     fields = [np.concatenate([getattr(part, name) for part in parts]) for name in ("input_ids", "labels", "words")]
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]

@@ -23,7 +23,7 @@ def _best(model, batch: dict, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _batches(lengths: np.ndarray, batch_size: int, accelerator) -> list[tuple[np.ndarray, int]]:
     """As `grouping.batches`. Where kernels are prepared for each shape, it is one of few, whatever text will come."""
-    if accelerator.device.type == "xla" or (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "bf16"):
+    if grouping.shapes_for(accelerator) != "exact":
         widths, n_rows = grouping.BUCKETS, np.maximum(1, 32 * batch_size // grouping.BUCKETS)
         *full, (rows, width) = grouping.batches(lengths, (widths, n_rows))
         # the last one is filled up with windows that it has already: else each text would bring another shape

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from xdistil.data import Examples, collate
-from xdistil.grouping import batches, grid
+from xdistil.grouping import batches, grid, shapes_for
 from xdistil.models import model_inputs, run_model
 from xdistil.unfreeze import encoder_layers, n_frozen_layers
 
@@ -85,7 +85,7 @@ class FrozenStates:
             return
         self.states = torch.empty(self.n_tokens, width, dtype=dtype)
         lengths = self.examples.lengths[self.windows]
-        for i, (rows, width) in enumerate(batches(lengths, grid(lengths, 64))):
+        for i, (rows, width) in enumerate(batches(lengths, grid(lengths, 64, shapes_for(self.accelerator)))):
             batch = collate(self.examples, self.windows[rows], self.pad_id, width)
             on_device = {name: x.to(self.accelerator.device) for name, x in batch.items()}
             with torch.no_grad(), self.accelerator.autocast():

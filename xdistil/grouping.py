@@ -10,18 +10,24 @@ BUCKETS = np.array([*range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32),
 Shapes = tuple[np.ndarray, np.ndarray]  # widths (sub-words), ascending, and the rows that go with each
 
 
-def grid(lengths: np.ndarray, batch_size: int, fixed: bool = False) -> Shapes:
+def shapes_for(accelerator) -> str:
+    """What `grid` should make of lengths on this device."""
+    kinds = {("xla", accelerator.mixed_precision): "fixed", ("cpu", "bf16"): "few"}
+    return kinds.get((accelerator.device.type, accelerator.mixed_precision), "exact")
+
+
+def grid(lengths: np.ndarray, batch_size: int, kind: str = "exact") -> Shapes:
     """The shapes of batches of these windows: `batch_size` windows of average length, more short ones, fewer long.
 
-    A bfloat16 matrix product on a CPU takes longer to prepare (some 10 ms and MB for each number of tokens) than to
-    run. So rows x width is one of N_TOTALS numbers near `batch_size` times the mean length, and widths are divisors
-    of these; which numbers, is chosen to pad least. With `fixed`, widths are BUCKETS, whatever the lengths.
+    "exact": each length is a width. "few": a bfloat16 matrix product on a CPU takes longer to prepare (some 10 ms and
+    MB for each number of tokens) than to run, so rows x width is one of N_TOTALS numbers near `batch_size` times the
+    mean length, and widths are divisors of these; which numbers, is chosen to pad least. "fixed", where every shape is
+    compiled: widths are BUCKETS, whatever the lengths.
     """
     slots, longest = batch_size * lengths.mean(), int(lengths.max())
-    if fixed:
-        return BUCKETS, np.maximum(1, slots // BUCKETS).astype(int)
-    if batch_size == 1:
-        return (widths := np.unique(lengths)), np.ones_like(widths)
+    if kind != "few" or batch_size == 1:
+        widths = BUCKETS if kind == "fixed" else np.unique(lengths)
+        return widths, np.maximum(1, slots // widths).astype(int)
     width, count = np.arange(1, longest + 1), np.bincount(lengths, minlength=longest + 1)[1:]
     rows = (width == longest) * max(1, int(slots) // longest)  # by width; 0: no batch has it
     totals = np.arange(max(1, int(0.95 * slots)), int(1.1 * slots) + 1)[:, None]

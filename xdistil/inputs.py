@@ -216,7 +216,7 @@ class Inputs:
     def labelled(self, batch_size: int, accelerator, name: str = "train") -> Feed:
         """The training set, or dev, as a feed for `fit`."""
         _, examples = self.read(name)
-        shapes = grouping.grid(examples.lengths, batch_size, accelerator.device.type == "xla")
+        shapes = grouping.grid(examples.lengths, batch_size, grouping.shapes_for(accelerator))
 
         def batches(pass_number: int, _chunk: int):
             for rows, width in grouping.batches(examples.lengths, shapes, self.params.seed + 7919 * pass_number):

@@ -10,7 +10,7 @@ from torch import nn
 
 from xdistil import data, embeddings, families, losses, models
 from xdistil.bilstm import BiLstmConfig
-from xdistil.grouping import batches, grid
+from xdistil.grouping import batches, grid, shapes_for
 from xdistil.unfreeze import encoder_layers, head_parameters, layer_groups, word_embedding
 
 
@@ -194,7 +194,7 @@ def fit_projection(student, teacher, examples: data.Examples, windows: np.ndarra
     some = windows[np.linspace(0, len(windows) - 1, min(n_windows, len(windows))).astype(int)]
     gram = moment = 0.0
     lengths = examples.lengths[some]
-    for rows, width in batches(lengths, grid(lengths, 32)):
+    for rows, width in batches(lengths, grid(lengths, 32, shapes_for(accelerator))):
         batch = data.collate(examples, some[rows], pad_id, width)
         batch = {name: values.to(accelerator.device) for name, values in batch.items()}
         with accelerator.autocast():

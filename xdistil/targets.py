@@ -19,7 +19,7 @@ import torch
 
 from xdistil.data import Examples, collate
 from xdistil.files import read_json, save_json
-from xdistil.grouping import batches, grid
+from xdistil.grouping import batches, grid, shapes_for
 from xdistil.models import keep_qkv, model_inputs, run_model, unit_of
 
 # bfloat16 has the range of float32: no outlying dimension overflows
@@ -164,7 +164,7 @@ class TargetStore:
     def __init__(self, load_teacher: Callable, config, spec: TargetSpec, examples: Examples, pad_id: int, accelerator,
                  *, folder: Path, mode: str = "disk", budget_bytes: float = 4e9, n_passes: int = 2):
         self.load_teacher, self.config = functools.cache(load_teacher), config
-        self.spec, self.examples, self.fixed = spec, examples, accelerator.device.type == "xla"
+        self.spec, self.examples, self.kind = spec, examples, shapes_for(accelerator)
         self.pad_id, self.accelerator, self.folder, self.mode = pad_id, accelerator, Path(folder), mode
         self.left, self.chunks, self.asked = budget_bytes, {}, 0
         verdict = read_json(self.folder / "auto.json", {}).get("keep")  # of the run that this one resumes
@@ -214,7 +214,7 @@ class TargetStore:
         targets, n_heads, asking = chunk.targets, self.config.num_attention_heads, 0.0
         read = chunk.whole and set(targets.arrays) == set(self.spec.shapes(targets.lengths, self.config))
         # of all examples, so that the shapes are those of every other chunk
-        grouped = batches(targets.lengths, grid(self.examples.lengths, batch_size, self.fixed), seed)
+        grouped = batches(targets.lengths, grid(self.examples.lengths, batch_size, self.kind), seed)
         for i, (rows, width) in enumerate(grouped):
             batch = collate(self.examples, windows[rows], self.pad_id, width)
             if read:

@@ -49,6 +49,7 @@ class Ours:
         self.name = f"ours {precision}" + " (head only)" * head_only
         self.teacher, student, projections = given
         dropout.pool_dropout(student)  # as `load_classifier` does
+        models.return_maps(student)  # as the stages do on a CPU
         self.terms, self.spec, self.model = logit_terms, TargetSpec(), student
         fixed = {name for name, p in student.named_parameters() if p is student.get_input_embeddings().weight}
         head = dict(layer_groups(student))["head"]
