@@ -219,6 +219,13 @@ def test_damaged_files_are_made_again(open_store, tmp_path, capsys, harm):
     assert again.asked == len(WINDOWS) and "checksums" in capsys.readouterr().out
 
 
+def test_files_of_other_layers_are_not_taken_for_these(open_store, capsys):
+    by_window(open_store(TargetSpec(hidden=(1, 2))))  # and then the stage is interrupted, and its layer map changed
+    kept, live = open_store(TargetSpec(hidden=(3, 4))), open_store(TargetSpec(hidden=(3, 4)), mode="none")
+    assert_same(by_window(live), by_window(kept), rtol=0, atol=0)
+    assert kept.asked == len(WINDOWS) and "made again" in capsys.readouterr().out
+
+
 def test_grouped_batches_sum_to_the_loss_of_one_wide_batch(teacher, examples):
     other = from_config(teacher.config).eval()
     other.set_attn_implementation("eager")

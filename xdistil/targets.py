@@ -6,10 +6,8 @@ S maps, end to end), in bfloat16, and `logits` [T, C], or [N, C] of N texts or p
 import ctypes
 import functools
 import math
-import mmap
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +16,14 @@ import numpy as np
 import torch
 
 from xdistil.data import Examples, collate
-from xdistil.files import read_json, save_json
+from xdistil.files import hash_file, read_json, save_json
 from xdistil.grouping import batches, grid, shapes_for
 from xdistil.models import keep_qkv, model_inputs, run_model, unit_of
 
 # bfloat16 has the range of float32: no outlying dimension overflows
 DTYPES = dict.fromkeys(("hidden", "attention", "qkv"), torch.bfloat16) | {"logits": torch.float32}
 RELEASE_EVERY = 4  # batches between two calls of `Chunk.release`
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -43,39 +42,18 @@ class TargetSpec:
         shapes = {"hidden": (tokens, len(self.hidden), config.hidden_size), "logits": (answers, config.num_labels),
                   "attention": (squares * len(self.attention) * config.num_attention_heads,),
                   "qkv": (tokens, len(self.qkv), 3, config.hidden_size)}
-        return {kind: shape for kind, shape in shapes.items() if np.prod(shape)}
+        return {kind: shape for kind, shape in shapes.items() if math.prod(shape)}
 
     def n_bytes(self, lengths: np.ndarray, config) -> int:
         """Bytes that the outputs for windows of these lengths take."""
-        return sum(_n_bytes(kind, shape) for kind, shape in self.shapes(lengths, config).items())
+        return sum(DTYPES[kind].itemsize * math.prod(shape) for kind, shape in self.shapes(lengths, config).items())
 
 
-def _n_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    return DTYPES[kind].itemsize * int(np.prod(shape))
-
-
-class MappedFile:
-    """A tensor of one kind on disk, memory-mapped; `release` gives its pages back to the system's file cache."""
-
-    def __init__(self, path: Path, kind: str, shape: tuple[int, ...]):
-        size = _n_bytes(kind, shape)
-        with open(path, "ab+") as handle:
-            handle.truncate(size)
-            self.map = mmap.mmap(handle.fileno(), size)
-        self.tensor = torch.frombuffer(self.map, dtype=DTYPES[kind]).view(shape)
-
-    def checksum(self) -> int:
-        """CRC-32 of the bytes, read in blocks, none of which stays resident."""
-        value, step = 0, 1 << 24
-        for start in range(0, len(self.map), step):
-            value = zlib.crc32(memoryview(self.map)[start : start + step], value)
-            self.release()
-        return value
-
-    def release(self) -> None:
-        """Resident memory falls by the pages that were touched; what was written stays."""
-        if hasattr(self.map, "madvise"):  # not on Windows
-            self.map.madvise(mmap.MADV_DONTNEED)
+def _array(kind: str, shape: tuple[int, ...], path: Path | None = None) -> torch.Tensor:
+    """Room for one kind: in memory, or mapped from a file, which is made if it is not there."""
+    if path is None:
+        return torch.empty(shape, dtype=DTYPES[kind])
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=DTYPES[kind]).view(shape)
 
 
 class Targets:
@@ -133,20 +111,16 @@ class Chunk:
     """What is kept of one chunk: the kinds, where they lie, and whether they are there to the last window."""
 
     targets: Targets
-    files: dict[str, MappedFile]  # empty: in memory
+    paths: dict[str, Path]  # empty: in memory
     whole: bool
 
     def release(self) -> None:
-        """Give mapped pages back, and the holes that batches of ever new shapes leave in the heap (glibc's)."""
-        for file in self.files.values():
-            file.release()
-        if trim := _heap_trimmer():
-            trim(0)
-
-
-@functools.cache
-def _heap_trimmer():
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        """Map files anew, as the pages that were touched stay resident; and give back the holes that batches of ever
+        new shapes leave in the heap (glibc's)."""
+        arrays = self.targets.arrays
+        arrays |= {kind: _array(kind, arrays[kind].shape, path) for kind, path in self.paths.items()}
+        if MALLOC_TRIM:
+            MALLOC_TRIM(0)
 
 
 class TargetStore:
@@ -195,18 +169,22 @@ class TargetStore:
             self.left -= size
         else:
             shapes = {kind: shape for kind, shape in shapes.items() if kind == "logits"}
-        if self.mode == "memory" or not shapes:
-            arrays = {kind: torch.empty(shape, dtype=DTYPES[kind]) for kind, shape in shapes.items()}
-            return Chunk(Targets(lengths, arrays), {}, False)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        paths = {kind: self.folder / f"{kind}-{name}.bin" for kind in shapes}
-        sums = read_json(self.folder / f"{name}.json", {})
-        whole = all(path.is_file() and kind in sums for kind, path in paths.items())
-        files = {kind: MappedFile(path, kind, shapes[kind]) for kind, path in paths.items()}
-        if whole and any(file.checksum() != sums[kind] for kind, file in files.items()):
-            print(f"[targets] {name}: the files do not match their checksums and are made again", flush=True)
-            whole = False
-        return Chunk(Targets(lengths, {kind: file.tensor for kind, file in files.items()}), files, whole)
+        paths = {kind: self.folder / f"{kind}-{name}.bin" for kind in shapes if self.mode != "memory"}
+        sums, whole = read_json(self.folder / f"{name}.json", {}), False
+        if paths and all(path.is_file() and kind in sums for kind, path in paths.items()):
+            whole = all(sums[kind] == self._checksum(kind, path) for kind, path in paths.items())
+            if not whole:
+                print(f"[targets] {name}: the files do not match their checksums and are made again", flush=True)
+        for path in paths.values() if not whole else ():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+        arrays = {kind: _array(kind, shape, paths.get(kind)) for kind, shape in shapes.items()}
+        return Chunk(Targets(lengths, arrays), paths, whole)
+
+    def _checksum(self, kind: str, path: Path) -> list:
+        """What a finished file is known by: the layers of the teacher that it holds, and its bytes."""
+        found = path.stat()
+        return [*getattr(self.spec, kind, ()), hash_file(path, found.st_mtime_ns, found.st_size)]
 
     def batches(self, name: str, windows: np.ndarray, batch_size: int, seed: int | None = None) -> Iterator[dict]:
         """Batches of a chunk, as `data.collate` makes them, with the teacher's outputs beside the ids."""
@@ -235,8 +213,9 @@ class TargetStore:
                 reading = (time.perf_counter() - start) / sum(len(rows) for rows, _ in some) * len(windows)
                 self.undecided, self.keep_all = False, reading < asking
                 save_json(self.folder / "auto.json", {"keep": self.keep_all, "teacher": asking, "reading": reading})
-            if chunk.files:
-                save_json(self.folder / f"{name}.json", {kind: file.checksum() for kind, file in chunk.files.items()})
+            if chunk.paths:
+                sums = {kind: self._checksum(kind, path) for kind, path in chunk.paths.items()}
+                save_json(self.folder / f"{name}.json", sums)
             chunk.whole = True
         chunk.release()
 
