@@ -16,8 +16,8 @@ LEVELS = [  # a module may import those of lower levels only
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "spans", "card"},
     {"dropout"}, {"runs", "devices", "data", "demo_data", "models"},
-    {"texts", "students", "targets", "vocab", "training", "frozen", "export", "evaluate", "alignment", "report"},
-    {"inputs", "predict"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},
+    {"texts", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report"},
+    {"inputs", "predict", "frozen"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
 HOLD_PARAMS = {"params", "runs", "inputs", "feeds", "stages", "views", "cli"}

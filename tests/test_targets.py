@@ -265,7 +265,7 @@ def test_values_keep_the_range_of_float32():
     found.put(np.array([0]), {"hidden": torch.tensor([[[[1e6, -1e6]], [[1.5, -0.25]], [[9.0, 9.0]]]]).bfloat16(),
                               "logits": torch.tensor([[[1e6], [-1e6], [9.0]]])})
     assert arrays["hidden"].float().tolist() == [[[999424, -999424]], [[1.5, -0.25]]]
-    assert found.padded(np.array([0]), 2, 1)["logits"].tolist() == [[[1e6], [-1e6]]]
+    assert found.padded(np.array([0]), 2)["logits"].tolist() == [[[1e6], [-1e6]]]
 
 
 @pytest.mark.parametrize("mode", ["disk", "memory", "none"])

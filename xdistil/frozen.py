@@ -13,6 +13,7 @@ import torch
 from xdistil.data import Examples, collate
 from xdistil.grouping import batches, grid, shapes_for
 from xdistil.models import model_inputs, run_model
+from xdistil.targets import Targets
 from xdistil.unfreeze import encoder_layers, n_frozen_layers
 
 
@@ -72,29 +73,26 @@ class FrozenStates:
 
     def __init__(self, model, examples: Examples, windows: np.ndarray, pad_id: int, accelerator, budget_bytes: float):
         self.model, self.examples, self.windows, self.pad_id = model, examples, windows, pad_id
-        self.accelerator, self.budget, self.n_layers, self.states = accelerator, budget_bytes, 0, None
-        lengths = np.zeros(len(examples), np.int64)
-        lengths[windows] = examples.lengths[windows]
-        self.starts, self.n_tokens = np.cumsum(lengths) - lengths, int(lengths.sum())
+        self.accelerator, self.budget, self.n_layers, self.kept = accelerator, budget_bytes, 0, None
+        self.row_of = np.zeros(len(examples), np.int64)
+        self.row_of[windows] = np.arange(len(windows))
 
     def _fill(self) -> None:
-        width, half = self.model.config.hidden_size, self.accelerator.mixed_precision == "bf16"
-        dtype = torch.bfloat16 if half else torch.float32
-        if self.n_layers == 0 or self.n_tokens * width * dtype.itemsize > self.budget:
-            self.states = None
+        lengths, width, self.kept = self.examples.lengths[self.windows], self.model.config.hidden_size, None
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        n_tokens = int(lengths.sum())
+        if self.n_layers == 0 or n_tokens * width * dtype.itemsize > self.budget:
             return
-        self.states = torch.empty(self.n_tokens, width, dtype=dtype)
-        lengths = self.examples.lengths[self.windows]
+        kept = Targets(lengths, {"frozen_states": torch.empty(n_tokens, width, dtype=dtype)})
         for i, (rows, width) in enumerate(batches(lengths, grid(lengths, 64, shapes_for(self.accelerator)))):
             batch = collate(self.examples, self.windows[rows], self.pad_id, width)
             on_device = {name: x.to(self.accelerator.device) for name, x in batch.items()}
             with torch.no_grad(), self.accelerator.autocast():
                 found = lower_states(self.model, on_device, self.n_layers)
                 if i == 0 and not self._exact(on_device, found):
-                    self.states = None
                     return
-            places, real = self._places(batch)
-            self.states[places[real]] = found.to("cpu", dtype)[real]
+            kept.put(rows, {"frozen_states": found.to("cpu", dtype)})
+        self.kept = kept
 
     def _exact(self, batch: dict, states: torch.Tensor | None) -> bool:
         """Whether the model, started from its first window's states, answers as it does from its beginning."""
@@ -108,20 +106,14 @@ class FrozenStates:
             module.training = mode
         return bool((whole - upper).abs().max() <= 0.01 * whole.abs().max())
 
-    def _places(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        real, starts = batch["attention_mask"] > 0, torch.from_numpy(self.starts[batch["windows"].numpy()])
-        return starts[:, None] + torch.arange(real.shape[1]).where(real, 0), real
-
     def feed(self, found: Iterable[dict]) -> Iterator[dict]:
         """The batches with `frozen_states` [B, S, H] beside their fields, where any layer is frozen."""
         if (n_layers := n_frozen_layers(self.model)) != self.n_layers:
             self.n_layers = n_layers
             self._fill()
         for batch in found:
-            if self.states is not None:
-                places, _ = self._places(batch)
-                batch["frozen_states"] = self.states[places]
-            yield batch
+            rows, width = self.row_of[batch["windows"].numpy()], batch["input_ids"].shape[1]
+            yield batch | self.kept.padded(rows, width) if self.kept else batch
 
 
 def run_upper(model, batch: dict) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What the teacher says of a chunk: computed in the first pass over it, kept without padding, read back per batch.
-Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `qkv` [T, P, 3, H_t] and `attention` (each window's P x A x S x
-S maps, end to end), in bfloat16, and `logits` [T, C], or [N, C] of N texts or pairs, in float32, which all caches but
+Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `qkv` [T, P, 3, H_t] and `attention` [sum of S^2, P, A] (which is
+each window's P x A x S x S maps, end to end), in bfloat16, and `logits` [T, C], or [N, C] of N texts or pairs, in float32, which all caches but
 "none" keep for later stages."""
 
 import ctypes
@@ -40,7 +40,7 @@ class TargetSpec:
         tokens, squares = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
         answers = tokens if unit_of(config) == "word" else len(lengths)
         shapes = {"hidden": (tokens, len(self.hidden), config.hidden_size), "logits": (answers, config.num_labels),
-                  "attention": (squares * len(self.attention) * config.num_attention_heads,),
+                  "attention": (squares, len(self.attention), config.num_attention_heads),
                   "qkv": (tokens, len(self.qkv), 3, config.hidden_size)}
         return {kind: shape for kind, shape in shapes.items() if math.prod(shape)}
 
@@ -57,19 +57,18 @@ def _array(kind: str, shape: tuple[int, ...], path: Path | None = None) -> torch
 
 
 class Targets:
-    """The teacher's outputs for windows of known lengths: flat arrays by kind, written and read as padded batches."""
+    """What was said of windows of known lengths: flat arrays by kind, written and read as padded batches."""
 
     def __init__(self, lengths: np.ndarray, arrays: dict[str, torch.Tensor]):
         self.lengths, self.arrays = lengths, arrays
         self.starts = np.cumsum(lengths, dtype=np.int64) - lengths
         squares = lengths.astype(np.int64) ** 2
-        self.corners, self.n_squares = np.cumsum(squares) - squares, int(squares.sum())
+        self.corners = np.cumsum(squares) - squares
 
-    def _maps(self, row: int, n_layers: int, n_heads: int) -> torch.Tensor:
+    def _maps(self, row: int) -> torch.Tensor:
         """A view of one window's attention maps [P, A, S, S]."""
-        n, each = int(self.lengths[row]), n_layers * n_heads
-        start = int(self.corners[row]) * each
-        return self.arrays["attention"][start : start + each * n * n].view(n_layers, n_heads, n, n)
+        n, start, array = int(self.lengths[row]), int(self.corners[row]), self.arrays["attention"]
+        return array[start : start + n * n].view(*array.shape[1:], n, n)
 
     def _places(self, array: torch.Tensor, rows: np.ndarray, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Places of the windows' tokens in an array, [B, width], and which are real; [B, 1] where it has N rows."""
@@ -83,23 +82,20 @@ class Targets:
         """Store padded outputs ([B, S, ...], attention [B, P, A, S, S]) without their padding."""
         for kind, padded in outputs.items():
             if kind == "attention":
-                for maps, row in zip(padded, rows, strict=True):
-                    n = int(self.lengths[row])
-                    self._maps(row, *maps.shape[:2]).copy_(maps[..., :n, :n])
+                for maps, own in zip(padded, map(self._maps, rows), strict=True):
+                    own.copy_(maps[..., : own.shape[-1], : own.shape[-1]])
             else:
                 places, real = self._places(self.arrays[kind], rows, padded.shape[1])
                 self.arrays[kind].index_copy_(0, places[real], padded[real])
 
-    def padded(self, rows: np.ndarray, width: int, n_heads: int) -> dict[str, torch.Tensor]:
+    def padded(self, rows: np.ndarray, width: int) -> dict[str, torch.Tensor]:
         """The outputs of some windows as padded batches of `width`; on padding stands anything finite."""
         found = {}
         for kind, array in self.arrays.items():
             if kind == "attention":
-                n_layers = len(array) // (self.n_squares * n_heads)
-                found[kind] = torch.zeros(len(rows), n_layers, n_heads, width, width, dtype=array.dtype)
-                for maps, row in zip(found[kind], rows, strict=True):
-                    n = int(self.lengths[row])
-                    maps[..., :n, :n].copy_(self._maps(row, n_layers, n_heads))
+                found[kind] = array.new_zeros(len(rows), *array.shape[1:], width, width)
+                for maps, own in zip(found[kind], map(self._maps, rows), strict=True):
+                    maps[..., : own.shape[-1], : own.shape[-1]] = own
             else:
                 places, _ = self._places(array, rows, width)
                 found[kind] = array.index_select(0, places.flatten()).view(*places.shape, *array.shape[1:])
@@ -189,14 +185,14 @@ class TargetStore:
     def batches(self, name: str, windows: np.ndarray, batch_size: int, seed: int | None = None) -> Iterator[dict]:
         """Batches of a chunk, as `data.collate` makes them, with the teacher's outputs beside the ids."""
         chunk = self.chunks[name] = self.chunks.get(name) or self._open(name, windows)
-        targets, n_heads, asking = chunk.targets, self.config.num_attention_heads, 0.0
+        targets, asking = chunk.targets, 0.0
         read = chunk.whole and set(targets.arrays) == set(self.spec.shapes(targets.lengths, self.config))
         # of all examples, so that the shapes are those of every other chunk
         grouped = batches(targets.lengths, grid(self.examples.lengths, batch_size, self.kind), seed)
         for i, (rows, width) in enumerate(grouped):
             batch = collate(self.examples, windows[rows], self.pad_id, width)
             if read:
-                found = targets.padded(rows, width, n_heads)
+                found = targets.padded(rows, width)
             else:
                 start, found = time.perf_counter(), self.ask(batch)
                 if not chunk.whole:
@@ -209,7 +205,7 @@ class TargetStore:
             if self.undecided and len(targets.arrays) > 1:
                 start, some = time.perf_counter(), grouped[:RELEASE_EVERY]
                 for rows, width in some:
-                    targets.padded(rows, width, n_heads)
+                    targets.padded(rows, width)
                 reading = (time.perf_counter() - start) / sum(len(rows) for rows, _ in some) * len(windows)
                 self.undecided, self.keep_all = False, reading < asking
                 save_json(self.folder / "auto.json", {"keep": self.keep_all, "teacher": asking, "reading": reading})
