@@ -1,6 +1,7 @@
 """Precision: what is chosen, that it is told, and how far it is from float32."""
 
 import timeit
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from xdistil import devices
 from xdistil.data import collate
-from xdistil.models import halve_layers, prepare_to_answer, run_model
+from xdistil.models import prepare_to_answer, run_model
 
 
 @pytest.fixture
@@ -46,11 +47,13 @@ def batch(examples):
 
 
 def test_layers_in_bfloat16_are_what_autocast_makes_of_them(teacher, batch):
+    half = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
+
     def ask():
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             return run_model(teacher, batch, True, True)
 
-    (logits, states, maps), (other, more, others) = ask(), (halve_layers(teacher), ask())[1]
+    (logits, states, maps), (other, more, others) = ask(), (prepare_to_answer(teacher, half), ask())[1]
     for one, same in zip((logits, *states, *maps), (other, *more, *others), strict=True):
         assert torch.equal(one, same)
     assert {p.dtype for p in teacher.parameters()} == {torch.float32, torch.bfloat16}

@@ -1,7 +1,6 @@
 """Hugging Face classifiers of words, texts or pairs: load, check, run, save. Weights come from safetensors, or from a
 TensorFlow file where the checkpoint is one; remote code is never run."""
 
-import functools
 import importlib
 import inspect
 import re
@@ -163,35 +162,22 @@ def from_config(config, unit: str = "word"):
 def prepare_to_answer(model, accelerator, exact: bool = True):
     """The model on the accelerator in eval mode, as it answers fastest under its autocast; it can no longer train.
 
-    In bfloat16, `exact` answers are those of autocast to the bit; else the whole encoder is stored in bfloat16, with
-    norms and residual stream, a sixth faster: for targets, which are rounded to bfloat16 anyway.
+    In bfloat16, `exact` answers are those of autocast to the bit, at half the memory and without its casts: only the
+    matrices of the layers are stored in bfloat16. Else the whole encoder is, with norms and residual stream, a sixth
+    faster: for targets, which are rounded to bfloat16 anyway.
     """
     model = model.eval().to(accelerator.device)
-    if accelerator.mixed_precision == "bf16" and exact:
-        halve_layers(model)
-    elif accelerator.mixed_precision == "bf16":
-        model.base_model.to(torch.bfloat16)
+    if accelerator.mixed_precision == "bf16":
+        matrices = [x for x in encoder_layers(model).modules() if isinstance(x, nn.Linear)]
+        for module in matrices if exact else [model.base_model]:
+            module.to(torch.bfloat16)
     return model
-
-
-def halve_layers(model):
-    """Store the matrices of the encoder's layers in bfloat16, as autocast would cast them in each forward pass without
-    gradients: the same numbers, half the memory, no casts. Norms, embeddings and the head stay in float32."""
-    for layer in encoder_layers(model):
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                module.to(torch.bfloat16)
-    return model
-
-
-@functools.cache
-def _takes_token_types(kind: type) -> bool:
-    return "token_type_ids" in inspect.signature(kind.forward).parameters
 
 
 def reads_token_types(model) -> bool:
     """Whether the model tells two texts apart by token types."""
-    return _takes_token_types(type(model)) and getattr(model.config, "type_vocab_size", 2) > 1
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    return takes and getattr(model.config, "type_vocab_size", 2) > 1
 
 
 def model_inputs(model, batch: dict, device=None) -> dict:

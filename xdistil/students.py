@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
 from xdistil import data, embeddings, families, losses, models
 from xdistil.bilstm import BiLstmConfig
@@ -22,7 +23,7 @@ def student_config(teacher_config, init: str, checkpoint: str | None, arch: str 
     if init != "scratch":
         named = "pt_student_checkpoint" if init == "checkpoint" else "student_init"
         config = models.load_config(checkpoint, named) if init == "checkpoint" else _shallower(teacher_config, **sizes)
-        if not (families.has_classifier(config) or is_bilstm(config)):
+        if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES and not is_bilstm(config):
             raise models.CheckpointError(f"{named}: transformers has no token classifier for {config.model_type!r}, "
                                          "which can be a teacher only; choose a student of another family")
         return config
