@@ -29,7 +29,7 @@ from xdistil.models import (
 )
 from xdistil.runs import Run
 from xdistil.tf_weights import find_checkpoint, masked_crc32c, read_checkpoint
-from xdistil.unfreeze import head_parameters
+from xdistil.unfreeze import layer_groups
 
 DATA = Path(__file__).parent / "data" / "tf"
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -197,7 +197,7 @@ def test_classifiers_of_texts_are_read_with_all_of_their_head(family, tmp_path):
     model = from_config(copy.deepcopy(CONFIGS[family]), "text")
     path, n = write_h5(model, tmp_path / "tf_model.h5"), len(model.state_dict())
     assert len(same_weights(load_classifier(path, LABELS, "x", "text"), model)) == n
-    head = head_parameters(model)
+    head = [model.get_parameter(name) for name in dict(layer_groups(model))["head"]]
     with h5py.File(path, "a") as file:
         for name in ("classifier", "pre_classifier"):
             file.pop(name, None)

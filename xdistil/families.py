@@ -35,8 +35,9 @@ def register_classifier(config) -> None:
 def n_positions(config, pad_id: int | None = None) -> int:
     """Sub-words that the position embeddings have room for, if padding has this id; default: the config's."""
     room = getattr(config, "max_position_embeddings", None) or -1
-    reserved = (config.pad_token_id if pad_id is None else pad_id) + 1 if AFTER_PADDING.search(config.model_type) else 0
-    reserved = 2 if config.model_type == "mpnet" else reserved  # whatever its padding id
+    reserved = 2 if config.model_type == "mpnet" else 0  # whatever its padding id
+    if AFTER_PADDING.search(config.model_type):
+        reserved = (config.pad_token_id if pad_id is None else pad_id) + 1
     return room - reserved if room > 0 else 10**9  # relative positions (XLNet) have no end
 
 

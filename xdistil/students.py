@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 from xdistil import data, embeddings, families, losses, models
 from xdistil.bilstm import BiLstmConfig
 from xdistil.grouping import batches, grid, shapes_for
-from xdistil.unfreeze import encoder_layers, head_parameters, layer_groups, word_embedding
+from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
 
 
 def student_config(teacher_config, init: str, checkpoint: str | None, arch: str = "transformer",
@@ -179,11 +179,11 @@ def make_projections(pairs: list[tuple[int, int]], widths: list[int], width_t: i
 
 def head_of(model) -> nn.Linear:
     """The linear classifier [C, H] on the last hidden states; CheckpointError where there is none."""
-    below, above = set(model.base_model.modules()), dict(layer_groups(model))["head"]
-    heads = [x for x in model.modules() if isinstance(x, nn.Linear) and x not in below]
-    if len(heads) != 1 or len(above) != 2 or heads[0].in_features != model.config.hidden_size:
+    names = dict(layer_groups(model))["head"]
+    head = model.get_submodule(names[0].rpartition(".")[0])
+    if not isinstance(head, nn.Linear) or len(names) != 2 or head.in_features != model.config.hidden_size:
         raise models.CheckpointError(f"{type(model).__name__} has no linear classifier on its last hidden states")
-    return heads[0]
+    return head
 
 
 @torch.no_grad()
@@ -219,7 +219,7 @@ def fold_head(student, teacher, projection: nn.Linear | None) -> bool:
     try:
         goal, head = head_of(student), head_of(teacher)
     except models.CheckpointError:
-        ours, theirs = map(head_parameters, (student, teacher))
+        ours, theirs = ([m.get_parameter(name) for name in dict(layer_groups(m))["head"]] for m in (student, teacher))
         fits = projection is None and [p.shape for p in ours] == [p.shape for p in theirs]
         for own, other in zip(ours, theirs, strict=True) if fits else ():
             own.copy_(other)

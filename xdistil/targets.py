@@ -1,7 +1,7 @@
 """What the teacher says of a chunk: computed in the first pass over it, kept without padding, read back per batch.
-Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `qkv` [T, P, 3, H_t] and `attention` [sum of S^2, P, A] (which is
-each window's P x A x S x S maps, end to end), in bfloat16, and `logits` [T, C], or [N, C] of N texts or pairs, in float32, which all caches but
-"none" keep for later stages."""
+Kinds: `hidden` [T, P, H_t] for T tokens and P layers, `qkv` [T, P, 3, H_t] and `attention` [sum of S^2, P, A] (each
+window's P x A x S x S maps, end to end), in bfloat16, and `logits` [T, C], or [N, C] of N texts or pairs, in float32,
+which all caches but "none" keep for later stages."""
 
 import ctypes
 import functools
@@ -22,7 +22,7 @@ from xdistil.models import keep_qkv, model_inputs, run_model, unit_of
 
 # bfloat16 has the range of float32: no outlying dimension overflows
 DTYPES = dict.fromkeys(("hidden", "attention", "qkv"), torch.bfloat16) | {"logits": torch.float32}
-RELEASE_EVERY = 4  # batches between two calls of `Chunk.release`
+RELEASE_EVERY = 4  # batches between two calls of `Targets.release`
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
@@ -57,10 +57,16 @@ def _array(kind: str, shape: tuple[int, ...], path: Path | None = None) -> torch
 
 
 class Targets:
-    """What was said of windows of known lengths: flat arrays by kind, written and read as padded batches."""
+    """What was said of windows of known lengths: flat arrays by kind, written and read as padded batches.
 
-    def __init__(self, lengths: np.ndarray, arrays: dict[str, torch.Tensor]):
-        self.lengths, self.arrays = lengths, arrays
+    Args:
+        paths: files that arrays are mapped from.
+        whole: whether the arrays are filled to the last window.
+    """
+
+    def __init__(self, lengths: np.ndarray, arrays: dict[str, torch.Tensor], paths: dict[str, Path] | None = None,
+                 whole: bool = False):
+        self.lengths, self.arrays, self.paths, self.whole = lengths, arrays, paths or {}, whole
         self.starts = np.cumsum(lengths, dtype=np.int64) - lengths
         squares = lengths.astype(np.int64) ** 2
         self.corners = np.cumsum(squares) - squares
@@ -101,20 +107,10 @@ class Targets:
                 found[kind] = array.index_select(0, places.flatten()).view(*places.shape, *array.shape[1:])
         return found
 
-
-@dataclass
-class Chunk:
-    """What is kept of one chunk: the kinds, where they lie, and whether they are there to the last window."""
-
-    targets: Targets
-    paths: dict[str, Path]  # empty: in memory
-    whole: bool
-
     def release(self) -> None:
         """Map files anew, as the pages that were touched stay resident; and give back the holes that batches of ever
         new shapes leave in the heap (glibc's)."""
-        arrays = self.targets.arrays
-        arrays |= {kind: _array(kind, arrays[kind].shape, path) for kind, path in self.paths.items()}
+        self.arrays |= {kind: _array(kind, self.arrays[kind].shape, path) for kind, path in self.paths.items()}
         if MALLOC_TRIM:
             MALLOC_TRIM(0)
 
@@ -156,7 +152,7 @@ class TargetStore:
             found["qkv"] = torch.stack([qkv[i].to(DTYPES["qkv"]) for i in spec.qkv], dim=2)
         return found
 
-    def _open(self, name: str, windows: np.ndarray) -> Chunk:
+    def _open(self, name: str, windows: np.ndarray) -> Targets:
         """A chunk as it lies on disk, whole; else room for what will be kept of it."""
         lengths = self.examples.lengths[windows]
         shapes = self.spec.shapes(lengths, self.config) if self.mode != "none" else {}
@@ -175,7 +171,7 @@ class TargetStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
         arrays = {kind: _array(kind, shape, paths.get(kind)) for kind, shape in shapes.items()}
-        return Chunk(Targets(lengths, arrays), paths, whole)
+        return Targets(lengths, arrays, paths, whole)
 
     def _checksum(self, kind: str, path: Path) -> list:
         """What a finished file is known by: the layers of the teacher that it holds, and its bytes."""
@@ -184,9 +180,9 @@ class TargetStore:
 
     def batches(self, name: str, windows: np.ndarray, batch_size: int, seed: int | None = None) -> Iterator[dict]:
         """Batches of a chunk, as `data.collate` makes them, with the teacher's outputs beside the ids."""
-        chunk = self.chunks[name] = self.chunks.get(name) or self._open(name, windows)
-        targets, asking = chunk.targets, 0.0
-        read = chunk.whole and set(targets.arrays) == set(self.spec.shapes(targets.lengths, self.config))
+        targets = self.chunks[name] = self.chunks.get(name) or self._open(name, windows)
+        asking = 0.0
+        read = targets.whole and set(targets.arrays) == set(self.spec.shapes(targets.lengths, self.config))
         # of all examples, so that the shapes are those of every other chunk
         grouped = batches(targets.lengths, grid(self.examples.lengths, batch_size, self.kind), seed)
         for i, (rows, width) in enumerate(grouped):
@@ -195,13 +191,13 @@ class TargetStore:
                 found = targets.padded(rows, width)
             else:
                 start, found = time.perf_counter(), self.ask(batch)
-                if not chunk.whole:
+                if not targets.whole:
                     targets.put(rows, {kind: found[kind].cpu() for kind in targets.arrays})
                 asking += time.perf_counter() - start
             if i % RELEASE_EVERY == 0:
-                chunk.release()
+                targets.release()
             yield batch | {f"teacher_{kind}": values for kind, values in found.items()}
-        if not chunk.whole:
+        if not targets.whole:
             if self.undecided and len(targets.arrays) > 1:
                 start, some = time.perf_counter(), grouped[:RELEASE_EVERY]
                 for rows, width in some:
@@ -209,11 +205,11 @@ class TargetStore:
                 reading = (time.perf_counter() - start) / sum(len(rows) for rows, _ in some) * len(windows)
                 self.undecided, self.keep_all = False, reading < asking
                 save_json(self.folder / "auto.json", {"keep": self.keep_all, "teacher": asking, "reading": reading})
-            if chunk.paths:
-                sums = {kind: self._checksum(kind, path) for kind, path in chunk.paths.items()}
+            if targets.paths:
+                sums = {kind: self._checksum(kind, path) for kind, path in targets.paths.items()}
                 save_json(self.folder / f"{name}.json", sums)
-            chunk.whole = True
-        chunk.release()
+            targets.whole = True
+        targets.release()
 
     def drop(self, *kinds: str) -> None:
         """Delete the files of these kinds."""

@@ -24,14 +24,9 @@ def _below_head(model: nn.Module) -> set[int]:
     return {id(p) for name, p in model.base_model.named_parameters() if "pooler" not in name}
 
 
-def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What stands on the last hidden states: the classifier, of texts and pairs with the layer that it reads."""
-    below = _below_head(model)
-    return [p for p in model.parameters() if id(p) not in below]
-
-
 def layer_groups(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """Parameter names in groups, top to bottom: head, layer_L ... layer_1, embeddings."""
+    """Parameter names in groups, top to bottom: head (of texts and pairs with the layer that it reads), layer_L ...
+    layer_1, embeddings."""
     layers = encoder_layers(model)
     layer_of = {id(p): f"layer_{i}" for i, layer in enumerate(layers, 1) for p in layer.parameters()}
     below = _below_head(model)
