@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xdistil import cli, data, evaluate, models
-from xdistil.predict import AT_ONCE, Labeller, as_json, as_tsv, form_of
+from xdistil.predict import AT_ONCE, Labeller, entities, format_line
 
 TEXT = ["Storm hits  Paris today .\textra column", "", "one", "a b c"]
 
@@ -48,8 +48,8 @@ def test_labels_and_probabilities_are_those_of_the_model(labeller, path):
 
 
 def test_json_holds_entities_with_places():
-    row = json.loads(as_json("word", "Storm hits  Paris", ["Storm", "hits", "Paris"], ["O", "O", "B-LOC"],
-                             [0.9, 0.8, 0.70004]))
+    row = json.loads(format_line("jsonl", "word", "Storm hits  Paris", ["Storm", "hits", "Paris"],
+                                 ["O", "O", "B-LOC"], [0.9, 0.8, 0.70004]))
     assert row["entities"] == [{"type": "LOC", "start": 12, "end": 17, "text": "Paris", "score": 0.7, "words": [2, 3]}]
     assert row["scores"] == [0.9, 0.8, 0.7] and row["tags"][-1] == "B-LOC" and row["text"] == "Storm hits  Paris"
 
@@ -58,16 +58,18 @@ def test_json_holds_entities_with_places():
     ("text", "good film", {"text": "good film", "label": "yes", "score": 0.5}),
     ("pair", "one\ttwo", {"text": "one", "text_pair": "two", "label": "yes", "score": 0.5})])
 def test_texts_and_pairs_have_one_label(unit, text, row):
-    assert json.loads(as_json(unit, text, [text], ["yes"], [0.5])) == row
-    assert as_tsv(unit, text, [text], ["yes"], [0.5]) == text + "\tyes"
-    assert json.loads(as_json(unit, "", [], [], [])) == {"text": "", "label": None, "score": None}
+    assert json.loads(format_line("jsonl", unit, text, [text], ["yes"], [0.5])) == row
+    assert format_line("tsv", unit, text, [text], ["yes"], [0.5]) == text + "\tyes"
+    assert json.loads(format_line("jsonl", unit, "", [], [], [])) == {"text": "", "label": None, "score": None}
 
 
-@pytest.mark.parametrize("output, asked, form", [
-    ("-", None, "tsv"), ("x.jsonl", None, "jsonl"), ("x.json", None, "jsonl"), ("x.jsonl", "tsv", "tsv"),
-    ("-", "jsonl", "jsonl")])
-def test_the_name_of_the_output_chooses_the_form(output, asked, form):
-    assert form_of(output, asked) == form
+@pytest.mark.parametrize("output, flags, is_json", [
+    ("x.tsv", [], False), ("x.jsonl", [], True), ("x.json", [], True), ("x.jsonl", ["--format", "tsv"], False),
+    ("x.tsv", ["--format", "jsonl"], True)])
+def test_the_name_of_the_output_chooses_the_form(student, path, tmp_path, output, flags, is_json):
+    arguments = ["predict", student, path, "-o", tmp_path / output, "--device", "cpu", *flags]
+    assert cli.main([*map(str, arguments)]) == 0
+    assert (tmp_path / output).read_text(encoding="utf-8").startswith("{") == is_json
 
 
 def test_the_command_writes_json_lines_in_order(student, path, tmp_path):
@@ -89,3 +91,27 @@ def test_a_pipe_is_read_once(labeller, tmp_path):
     writer.start()
     assert [words for _, words, *_ in labeller.label(tmp_path / "pipe")] == [["a", "b"], ["c"]]
     writer.join()
+
+
+def test_entities_carry_places_words_and_the_mean_probability():
+    text = "  Angela  Braun lives in\tLisbon ."
+    tags = ["B-PER", "I-PER", "O", "O", "B-LOC", "O"]
+    one, two = entities(text, tags, [0.9, 0.7, 1.0, 1.0, 0.5, 1.0])
+    assert one == {"type": "PER", "start": 2, "end": 15, "text": "Angela  Braun", "score": 0.8, "words": [0, 2]}
+    assert two == {"type": "LOC", "start": 25, "end": 31, "text": "Lisbon", "score": 0.5, "words": [4, 5]}
+    assert [text[x["start"] : x["end"]] for x in (one, two)] == ["Angela  Braun", "Lisbon"]
+
+
+@pytest.mark.parametrize("tags, found", [
+    ("O O", []), ("B-A B-A", [("A", [0, 1]), ("A", [1, 2])]), ("I-A I-A", [("A", [0, 2])]),
+    ("B-A I-B", [("A", [0, 1]), ("B", [1, 2])]), ("I-A O I-A", [("A", [0, 1]), ("A", [2, 3])]),
+    ("B-A-B I-A-B", [("A-B", [0, 2])])])
+def test_an_inside_that_continues_nothing_starts_an_entity(tags, found):
+    tags = tags.split()
+    got = entities(" ".join("w" * len(tags)), tags, [1.0] * len(tags))
+    assert [(x["type"], x["words"]) for x in got] == found
+
+
+def test_text_and_tags_of_unequal_length_are_refused():
+    with pytest.raises(ValueError):
+        entities("one two", ["O"], [1.0])

@@ -156,11 +156,12 @@ def predict_file(asked) -> int:
     from xdistil import predict
 
     labeller = predict.Labeller(asked.student_dir, asked.onnx, asked.device, asked.batch_size)
-    form = predict.form_of(asked.output, asked.format)
+    form = asked.format or ("jsonl" if Path(asked.output).suffix in (".jsonl", ".json") else "tsv")
 
     def write(path=None):
         with open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout) as handle:
-            predict.predict_file(labeller, asked.input, handle, form)
+            handle.writelines(f"{predict.format_line(form, labeller.unit, *found)}\n"
+                              for found in labeller.label(asked.input))
 
     if asked.output == "-":
         sys.stdout.reconfigure(encoding="utf-8")

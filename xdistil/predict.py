@@ -1,6 +1,8 @@
 """Files of any size labelled as a stream: constant memory, input order, one line out for each line in."""
 
 import json
+import re
+import statistics
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,7 +10,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from xdistil import data, devices, evaluate, export, families, models, texts
-from xdistil.spans import entities
 
 AT_ONCE = 4096  # lines that are sorted by length together
 
@@ -51,13 +52,25 @@ class Labeller:
                 bar.update(len(some))
 
 
-def as_tsv(_unit: str, _text: str, words: list[str], tags: list[str], _scores: list[float]) -> str:
-    """words<TAB>tags, text<TAB>label or text<TAB>text<TAB>label; blank for a blank line."""
-    return f"{' '.join(words)}\t{' '.join(tags)}" if words else ""
+def entities(text: str, tags: list[str], scores: list[float]) -> list[dict]:
+    """The entities of a text whose words are separated by white space: type, first character and the one after the
+    last, text, mean probability (0..1) of its words' tags, first word and the one after the last. An I- that continues
+    nothing starts an entity, as in conlleval. Raises ValueError unless there is a tag and a score for each word."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    words, found = list(zip(re.finditer(r"\S+", text), tags, scores, strict=True)), []
+    for kind, first, last in get_entities(tags):
+        start, end = words[first][0].start(), words[last][0].end()
+        found.append({"type": kind, "start": start, "end": end, "text": text[start:end],
+                      "score": round(statistics.fmean(scores[first : last + 1]), 4), "words": [first, last + 1]})
+    return found
 
 
-def as_json(unit: str, text: str, words: list[str], tags: list[str], scores: list[float]) -> str:
-    """A JSON object with probabilities; of words with entities and their places in the text."""
+def format_line(form: str, unit: str, text: str, words: list[str], tags: list[str], scores: list[float]) -> str:
+    """One of what `Labeller.label` yields. tsv: words<TAB>tags, text<TAB>label or text<TAB>text<TAB>label, blank for a
+    blank line. jsonl: an object with probabilities; of words with entities and their places in the text."""
+    if form == "tsv":
+        return f"{' '.join(words)}\t{' '.join(tags)}" if words else ""
     scores = [round(score, 4) for score in scores]
     if unit == "word":
         row = {"text": text, "words": words, "tags": tags, "scores": scores, "entities": entities(text, tags, scores)}
@@ -65,15 +78,3 @@ def as_json(unit: str, text: str, words: list[str], tags: list[str], scores: lis
         row = dict(zip(("text", "text_pair"), text.split("\t"), strict=False))
         row |= {"label": tags[0] if tags else None, "score": scores[0] if scores else None}
     return json.dumps(row, ensure_ascii=False)
-
-
-def predict_file(labeller: Labeller, path, handle, form: str) -> None:
-    """Write a line for each line of a file, `form` is tsv or jsonl."""
-    write = {"tsv": as_tsv, "jsonl": as_json}[form]
-    for found in labeller.label(path):
-        handle.write(write(labeller.unit, *found) + "\n")
-
-
-def form_of(output: str, asked: str | None) -> str:
-    """tsv or jsonl: what was asked for, else by the name of the output."""
-    return asked or ("jsonl" if Path(output).suffix in (".jsonl", ".json") else "tsv")
