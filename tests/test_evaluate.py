@@ -10,7 +10,7 @@ from torch import nn
 
 from xdistil import evaluate
 from xdistil.data import Sentences, encode
-from xdistil.evaluate import entity_f1, measure_speed, predict_tags, retention, score
+from xdistil.evaluate import entity_f1, measure_speed, predict, retention, score
 
 NONE = {"precision": None, "recall": None, "f1": None, "by_type": {}}
 
@@ -101,14 +101,14 @@ def test_every_word_has_one_prediction_in_input_order(sentences, tokenizer, labe
     words = [*sentences.words[:20], [], [x for sentence in sentences.words[20:30] for x in sentence], ["\u200b"]]
     examples = encode(Sentences(words), tokenizer, seq_len)
     model = ById(len(labels)).train()
-    found = predict_tags(model, examples, words, labels, 0, accelerator, batch_size)
+    found, _ = predict(model, examples, words, labels, 0, accelerator, batch_size)
     assert found == [[labels[ids[0] % len(labels)] for ids in sentence] for sentence in pieces(tokenizer, words)]
     assert not model.training
 
 
 def test_no_sentence_has_no_prediction(tokenizer, labels, accelerator):
     examples = encode(Sentences([[], []]), tokenizer, 16)
-    assert predict_tags(ById(7), examples, [[], []], labels, 0, accelerator) == [[], []]
+    assert predict(ById(7), examples, [[], []], labels, 0, accelerator) == ([[], []], [[], []])
 
 
 def test_speed_is_measured_in_positive_numbers(teacher, examples, accelerator):

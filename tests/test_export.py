@@ -39,7 +39,7 @@ def test_padding_changes_no_answer(exported, examples):
 def test_int8_is_smaller_and_mostly_of_one_mind(exported, examples, sentences, labels, accelerator):
     folder, model = exported
     assert (folder / "onnx/model-int8.onnx").stat().st_size < 0.7 * (folder / "onnx/model.onnx").stat().st_size
-    tags = [[tag for sentence in evaluate.predict_tags(m, examples, sentences.words, labels, 0, accelerator)
+    tags = [[tag for sentence in evaluate.predict(m, examples, sentences.words, labels, 0, accelerator)[0]
              for tag in sentence] for m in (model, OnnxTagger(folder, "fp32"), OnnxTagger(folder, "int8"))]
     assert tags[0] == tags[1]
     assert np.mean([a == b for a, b in zip(tags[0], tags[2], strict=True)]) > 0.9

@@ -43,7 +43,7 @@ def test_labels_and_probabilities_are_those_of_the_model(labeller, path):
         exact = models.run_model(labeller.model, batch)[0].float().softmax(-1)[0][batch["words"][0] >= 0]
     assert found[0][3] == pytest.approx(exact.max(-1).values.tolist(), abs=0.02)
     assert all(len(words) == len(tags) == len(scores) for _, words, tags, scores in found)
-    tags = evaluate.predict_tags(labeller.model, examples, words, labeller.labels, 0, labeller.accelerator)
+    tags, _ = evaluate.predict(labeller.model, examples, words, labeller.labels, 0, labeller.accelerator)
     assert [x[2] for x in found] == tags
 
 

@@ -49,11 +49,6 @@ def predict(model, examples: data.Examples, words: list[list[str]], labels: list
     return tags, scores
 
 
-def predict_tags(*args, **options) -> list[list[str]]:
-    """The labels alone of `predict`."""
-    return predict(*args, **options)[0]
-
-
 def entity_f1(gold: list[list[str]], predicted: list[list[str]]) -> dict:
     """Strict IOB2 precision, recall, F1 (0..1) over entities, F1 `by_type` (seqeval); None if neither side has any."""
     from seqeval.metrics.v1 import precision_recall_fscore_support

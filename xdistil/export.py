@@ -3,10 +3,10 @@
 import logging
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from xdistil.models import CheckpointError, load_config, reads_token_types, unit_of
 
@@ -27,11 +27,9 @@ class _Logits(nn.Module):
 
 def export_onnx(model, folder: Path) -> dict[str, Path]:
     """Write `model.onnx` and `model-int8.onnx` of a float32 classifier into a folder; batch and length are free. Token
-    types are an input where a classifier of pairs reads them.
-
-    int8 quantises every weight per channel and activations as they come: per tensor costs agreement with the model.
-    Raises ImportError naming the extra if onnx, onnxscript or onnxruntime are absent.
-    """
+    types are an input where a classifier of pairs reads them. int8 quantises every weight per channel and activations
+    as they come: per tensor costs agreement with the model. Raises ImportError naming the extra if a package is
+    absent."""
     try:
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxscript.optimizer import fold_constants
@@ -57,32 +55,24 @@ def export_onnx(model, folder: Path) -> dict[str, Path]:
     return paths
 
 
-class OnnxTagger:
-    """An exported student that answers like the torch model: `evaluate.predict_tags` takes either.
+class OnnxTagger(nn.Module):
+    """An exported student that answers like the torch model: `evaluate.predict` takes either. Raises CheckpointError
+    if the folder holds no file of this precision, fp32 or int8."""
 
-    Raises CheckpointError if the folder holds no such file.
-    """
-
-    def __init__(self, folder, precision: str = "int8", threads: int = 0):
+    def __init__(self, folder, precision: str = "int8"):
         import onnxruntime
 
+        super().__init__()
         path = Path(folder) / "onnx" / FILES[precision]
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist; run `xdistil export {folder}` first")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.intra_op_num_threads = torch.get_num_threads()
         self.config = load_config(folder, "STUDENT_DIR")
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def eval(self) -> "OnnxTagger":
-        """Itself: there is no other mode."""
-        return self
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, **_):
         given = {"input_ids": input_ids, "attention_mask": attention_mask,  # a tokenizer may give no types
                  "token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids}
         given = {one.name: given[one.name].cpu().numpy() for one in self.session.get_inputs()}
-        logits = torch.from_numpy(self.session.run(None, given)[0])
-        return SimpleNamespace(logits=logits, hidden_states=None, attentions=None)
-
-    __call__ = forward  # `models.run_model` looks at the inputs of `forward`
+        return TokenClassifierOutput(logits=torch.from_numpy(self.session.run(None, given)[0]))

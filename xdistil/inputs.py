@@ -204,7 +204,7 @@ class Inputs:
     def score(self, model, name: str, accelerator) -> tuple[dict, list[list[str]]]:
         """Scores on train, dev or test, and the predicted tags."""
         gold, examples = self.read(name)
-        tags = evaluate.predict_tags(model, examples, gold.words, self.labels, self.pad_id, accelerator)
+        tags, _ = evaluate.predict(model, examples, gold.words, self.labels, self.pad_id, accelerator)
         return (evaluate.score if self.by_word else evaluate.score_classes)(gold, tags), tags
 
     def dev_f1(self, accelerator, model) -> dict:

@@ -133,8 +133,9 @@ class Predictor:
 
     def run(self, examples: data.Examples, words: list[str]) -> list[str]:
         """From ids to tags."""
-        return evaluate.predict_tags(self.model, examples, [words], self.labels, self.tokenizer.pad_token_id,
-                                     self.accelerator, 1)[0]
+        (tags,), _ = evaluate.predict(self.model, examples, [words], self.labels, self.tokenizer.pad_token_id,
+                                      self.accelerator, 1)
+        return tags
 
 
 def onnx_int8(model, folder) -> export.OnnxTagger:
