@@ -5,7 +5,6 @@ import difflib
 import os
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -136,7 +135,6 @@ def export_files(asked) -> int:
 def push_files(asked) -> int:
     """Upload a student's folder; nothing else in this project ever does."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     from xdistil import models
 
@@ -145,7 +143,7 @@ def push_files(asked) -> int:
         api = HfApi()
         api.create_repo(asked.repo, private=not asked.public, exist_ok=True)
         print(api.upload_folder(folder_path=asked.student_dir, repo_id=asked.repo))
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except OSError as error:  # the hub's are such
         raise ValueError(f"push: {asked.repo} was not written ({str(error).strip().splitlines()[0]}); log in with `hf "
                          "auth login`, on a machine with network") from None
     return 0
@@ -157,15 +155,15 @@ def predict_file(asked) -> int:
 
     labeller = predict.Labeller(asked.student_dir, asked.onnx, asked.device, asked.batch_size)
     form = asked.format or ("jsonl" if Path(asked.output).suffix in (".jsonl", ".json") else "tsv")
+    lines = (f"{predict.format_line(form, labeller.unit, *found)}\n" for found in labeller.label(asked.input))
 
-    def write(path=None):
-        with open(path, "w", encoding="utf-8") if path else nullcontext(sys.stdout) as handle:
-            handle.writelines(f"{predict.format_line(form, labeller.unit, *found)}\n"
-                              for found in labeller.label(asked.input))
+    def write(path):
+        with open(path, "w", encoding="utf-8") as handle:
+            handle.writelines(lines)
 
     if asked.output == "-":
         sys.stdout.reconfigure(encoding="utf-8")
-        write()
+        sys.stdout.writelines(lines)
     else:
         save_atomic(Path(asked.output), write)
     if labeller.n_cut:

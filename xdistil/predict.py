@@ -15,11 +15,8 @@ AT_ONCE = 4096  # lines that are sorted by length together
 
 
 class Labeller:
-    """A student's folder, ready to label lines of text. Raises CheckpointError if it cannot be loaded.
-
-    Args:
-        onnx: "fp32" or "int8" runs a file of `xdistil export`; None runs torch.
-    """
+    """A student's folder, ready to label lines of text; `onnx`: "fp32" or "int8" runs a file of `xdistil export`, None
+    runs torch. Raises CheckpointError if it cannot be loaded."""
 
     def __init__(self, folder, onnx: str | None = None, device: str = "auto", batch_size: int = 64):
         config = models.load_config(folder, "STUDENT_DIR")

@@ -80,14 +80,14 @@ def by_language(run: Run) -> tuple[dict | None, dict]:
 
 def results(run: Run) -> Table:
     """Teacher, if there is one, beside student: F1 on test per language and in the mean, size and speed."""
-    names = ("parameters", "non_embedding", "mb", "ms_per_sentence", "sentences_per_second")
-    titles = ("parameters", "without embeddings", "MB on disk", "ms/sentence, batch 1", "sentences/s, batch 32")
+    titles = {"parameters": "parameters", "non_embedding": "without embeddings", "mb": "MB on disk",
+              "ms_per_sentence": "ms/sentence, batch 1", "sentences_per_second": "sentences/s, batch 32"}
 
     def column(side: dict) -> dict:
         f1 = {f"F1 {language}": x for language, x in side["test"]["by_language"].items()}
         f1 |= {title: side["test"][mean] for mean, title in evaluate.MEANS.items() if mean in side["test"]}
-        return {f"{title} (%)": x and 100 * x for title, x in f1.items()} | dict(
-            zip(titles, map(side.get, names), strict=True))
+        percent = {f"{title} (%)": x and 100 * x for title, x in f1.items()}
+        return percent | {title: side.get(name) for name, title in titles.items()}
 
     teacher, student = (side and column(side) for side in sides(run))
     if not teacher:
