@@ -17,10 +17,10 @@ LEVELS = [  # a module may import those of lower levels only
      "card"},
     {"dropout"}, {"runs", "devices", "data", "demo_data", "models"},
     {"texts", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report"},
-    {"inputs", "predict", "frozen"}, {"feeds"}, {"stages"}, {"views"}, {"cli"},
+    {"inputs", "predict", "frozen"}, {"feeds", "staging"}, {"results"}, {"stages"}, {"views"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
-HOLD_PARAMS = {"params", "runs", "inputs", "feeds", "stages", "views", "cli"}
+HOLD_PARAMS = {"params", "runs", "inputs", "feeds", "staging", "results", "stages", "views", "cli"}
 LAZY = {"papermill", "IPython", "nbformat", "onnx", "torch_xla", "h5py"}
 
 

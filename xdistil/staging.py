@@ -1,0 +1,64 @@
+"""What every stage does: check what is before it, begin, work, write what came out; read and write students."""
+
+import functools
+import itertools
+import time
+
+from accelerate.utils import set_seed
+
+from xdistil import models
+from xdistil.devices import open_accelerator, peak_memory_mb
+from xdistil.files import save_json
+from xdistil.inputs import Inputs, depends
+from xdistil.params import Params
+from xdistil.runs import STAGES, Run, Stage, describe_changes, stages_of
+from xdistil.training import Recipe, fit
+
+
+def as_stage(work):
+    """Make a stage of its work: check what is before it, begin, work, write metrics and done mark."""
+    name = next(folder for folder, verb in STAGES.items() if verb == work.__name__)
+
+    @functools.wraps(work)
+    def call(params: Params, run: Run) -> Stage:
+        for earlier in itertools.takewhile(lambda other: other != name, stages_of(params)):
+            found, wanted = run.stage(earlier).done, depends(params, run, earlier)
+            if found != wanted:
+                why = describe_changes(found, wanted) if found else "it has not finished"
+                raise RuntimeError(f"{name} needs stage {earlier}: {why}; run {STAGES[earlier]} first")
+        stage = run.stage(name)
+        if stage.begin(depends(params, run, name)):
+            save_json(run.dir / "params.json", params.model_dump())
+            start = time.monotonic()
+            set_seed(params.seed)
+            metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
+            seconds = round(time.monotonic() - start, 2)
+            stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": peak_memory_mb()})
+            stage.say(f"finished in {seconds} s")
+        return stage
+
+    return call
+
+
+def fit_stage(params: Params, stage: Stage, accelerator, model, terms, feed, judge, epochs, lr, steps, weights=None):
+    """`fit` with what all stages of a run share: its patience, schedule and decay."""
+    same = params.pick("patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
+    return fit(model, terms, feed, judge, Recipe(epochs, lr, **same), steps, accelerator=accelerator, folder=stage.dir,
+               name=stage.name, weights=weights)
+
+
+def load_student(run: Run, name: str, inputs: Inputs, device="cpu"):
+    """The student that a stage wrote."""
+    return models.load_classifier(run.stage(name).dir, inputs.labels, "model_dir", inputs.params.unit).to(device)
+
+
+def load_checkpoint(params: Params, inputs: Inputs, device="cpu"):
+    """The student's own checkpoint, as a classifier."""
+    return models.load_classifier(params.pt_student_checkpoint, inputs.labels, "pt_student_checkpoint",
+                                  params.unit).to(device)
+
+
+def save_student(stage: Stage, student, inputs: Inputs, accelerator) -> dict:
+    """Write the trained student; its scores on dev."""
+    models.save_model(student, inputs.tokenizer, stage.dir)
+    return {"dev": inputs.score(student, "dev", accelerator)[0]}
