@@ -5,7 +5,7 @@ Where a family's layers do not hand states [B, S, H] on to each other (XLM, XLNe
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -18,49 +18,47 @@ from xdistil.unfreeze import encoder_layers, n_frozen_layers
 
 
 class _Reached(Exception):
-    """Carries the states that enter a layer out of a forward pass that need not go on."""
+    """Ends a forward pass that need not go on."""
+
+
+def _frozen_parts(model, n_layers: int) -> list:
+    """What has nothing to do once the answer of its last is known: `n_layers` layers, or the base model if those are
+    all; but a pooler has to run."""
+    layers = encoder_layers(model)
+    whole = n_layers == len(layers) and getattr(model.base_model, "pooler", None) is None
+    return [model.base_model] if whole else list(layers[:n_layers])
 
 
 def lower_states(model, batch: dict, n_layers: int) -> torch.Tensor | None:
-    """What enters layer `n_layers` + 1, or leaves the base model if that is all of them: [B, S, H]; None if the layers
-    are not called one by one. Notes as `base_model.forms` the types in which a layer and the whole answer."""
-    inputs, layers, forms = model_inputs(model, batch), encoder_layers(model), {}
+    """What leaves layer `n_layers`, or the base model if that is all of them: [B, S, H]; None if the layers are not
+    called one by one. Notes as `base_model.form` the type in which it came."""
+    answers, further = [], n_layers < len(encoder_layers(model))
 
-    def stop(_module, args, kwargs):
-        raise _Reached(args[0] if args else kwargs["hidden_states"])
+    def note(_module, _args, output):
+        answers.append(output)
+        if further:
+            raise _Reached
 
-    def note(module, _args, output):
-        forms["layer" if module is layers[0] else "whole"] = type(output)
-
-    handles, model.base_model.forms = [x.register_forward_hook(note) for x in (layers[0], model.base_model)], forms
-    if n_layers < len(layers):
-        handles.append(layers[n_layers].register_forward_pre_hook(stop, with_kwargs=True))
-    try:
-        output = model.base_model(**inputs)
-        return output[0] if n_layers == len(layers) else None
-    except _Reached as reached:
-        return reached.args[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _frozen_parts(model, n_layers)[-1].register_forward_hook(note), suppress(_Reached):
+        model.base_model(**model_inputs(model, batch))
+    if not answers:
+        return None
+    model.base_model.form = type(answers[-1])  # of a layer that is called L times (ALBERT) the last
+    return answers[-1] if model.base_model.form is torch.Tensor else answers[-1][0]
 
 
 @contextmanager
 def starting_from(model, states: torch.Tensor, n_layers: int) -> Iterator[None]:
-    """A forward pass of the model inside starts from these states: its first `n_layers` layers do nothing."""
-    layers = encoder_layers(model)
-    if n_layers == len(layers) and getattr(model.base_model, "pooler", None) is None:  # a pooler has to run
-        skipped = {model.base_model: lambda *_, **__: model.base_model.forms["whole"](last_hidden_state=states)}
-    else:
-        answer = states if model.base_model.forms.get("layer") is torch.Tensor else (states, None)
-        skipped = {layer: lambda *_, **__: answer for layer in layers[:n_layers]}
-    for module, instead in skipped.items():
-        module.forward = instead
+    """A forward pass of the model inside starts from these states: what is frozen does nothing but give them."""
+    parts, form = _frozen_parts(model, n_layers), model.base_model.form
+    answer = states if form is torch.Tensor else (states, None) if form is tuple else form(last_hidden_state=states)
+    for part in parts:
+        part.forward = lambda *_, **__: answer
     try:
         yield
     finally:
-        for module in skipped:
-            del module.forward
+        for part in parts:
+            del part.forward
 
 
 class FrozenStates:
