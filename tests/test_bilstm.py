@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_stages import changed, run_stages, smoke_params, weights
+from tiny import head_of
 from torch import nn
 
 from xdistil import cli, dropout, frozen, models, stages, views
@@ -15,7 +16,7 @@ from xdistil.bilstm import BiLstmConfig, BiLstmForTokenClassification, BiLstmLay
 from xdistil.data import collate
 from xdistil.export import OnnxTagger, export_onnx
 from xdistil.runs import Run
-from xdistil.students import build_student, head_of, make_projections, state_widths, student_config
+from xdistil.students import build_student, make_projections, state_widths, student_config
 from xdistil.unfreeze import encoder_layers, freeze_to, layer_groups, n_frozen_layers, word_embedding
 
 WHOLE = {"student_arch": "bilstm", "embedding_size": 12, "hidden_size": 10, "distil_attention": False}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny import head_of
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as pieces
 from torch import nn
@@ -202,7 +203,7 @@ def test_a_teacher_answers_whole_and_padding_changes_nothing(name, teacher_of, e
         assert (found * (mask[:, None, :, None] > mask[:, None, None])).abs().max() == 0  # nothing for padding
         assert (found.triu(1).abs().max() == 0) == (name in CAUSAL)
     if name != "modernbert":
-        torch.testing.assert_close(students.head_of(teacher)(states[-1]), logits)
+        torch.testing.assert_close(head_of(teacher)(states[-1]), logits)
 
 
 @each_family

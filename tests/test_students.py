@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import random_teacher
+from tiny import head_of, random_teacher
 from torch import nn
 from transformers import BertConfig, RobertaConfig
 
@@ -17,7 +17,6 @@ from xdistil.students import (
     distil_terms,
     fit_projection,
     fold_head,
-    head_of,
     make_projections,
     spread,
     student_config,
@@ -220,11 +219,12 @@ def test_the_fitted_projection_is_the_least_squares_one(build, teacher, examples
     assert few.weight.isfinite().all() and few.weight.abs().max() < 100
 
 
-def test_a_head_that_is_not_one_linear_map_is_an_error(build):
+def test_a_head_that_is_not_one_linear_map_stays_as_it_is(build, teacher):
     student, _ = build()
     student.classifier = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 7))
-    with pytest.raises(CheckpointError, match="BertForTokenClassification has no linear classifier"):
-        head_of(student)
+    before = [p.clone() for p in student.classifier.parameters()]
+    assert not fold_head(student, teacher, nn.Linear(24, 48)) and not fold_head(teacher, student, nn.Linear(48, 24))
+    assert all(map(torch.equal, student.classifier.parameters(), before))
 
 
 def test_projections_are_one_for_each_pair_and_none_at_equal_widths():

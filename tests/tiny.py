@@ -6,6 +6,7 @@ import transformers
 
 from xdistil.data import word_pieces
 from xdistil.models import from_config
+from xdistil.unfreeze import layer_groups
 
 
 def random_teacher(words: set[str], labels: list[str], folder: Path) -> Path:
@@ -27,3 +28,9 @@ def pieces(tokenizer, sentences: list[list[str]]) -> list[list[list[int]]]:
     words = iter(words)
     return [[ids[offsets[i] : offsets[i + 1]].tolist() for _, i in zip(sentence, words, strict=False)]
             for sentence in sentences]
+
+
+def head_of(model):
+    """The linear classifier of words on the last hidden states."""
+    weight, _ = dict(layer_groups(model))["head"]
+    return model.get_submodule(weight.rpartition(".")[0])

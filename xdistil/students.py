@@ -177,15 +177,6 @@ def make_projections(pairs: list[tuple[int, int]], widths: list[int], width_t: i
                           nn.Linear(widths[s], width_t) for s, _ in pairs if gelu or widths[s] != width_t})
 
 
-def head_of(model) -> nn.Linear:
-    """The linear classifier [C, H] on the last hidden states; CheckpointError where there is none."""
-    names = dict(layer_groups(model))["head"]
-    head = model.get_submodule(names[0].rpartition(".")[0])
-    if not isinstance(head, nn.Linear) or len(names) != 2 or head.in_features != model.config.hidden_size:
-        raise models.CheckpointError(f"{type(model).__name__} has no linear classifier on its last hidden states")
-    return head
-
-
 @torch.no_grad()
 def fit_projection(student, teacher, examples: data.Examples, windows: np.ndarray, pad_id: int, accelerator,
                    n_windows: int = 1024) -> nn.Linear:
@@ -197,10 +188,10 @@ def fit_projection(student, teacher, examples: data.Examples, windows: np.ndarra
     lengths = examples.lengths[some]
     for rows, width in batches(lengths, grid(lengths, 32, shapes_for(accelerator))):
         batch = data.collate(examples, some[rows], pad_id, width)
-        batch = {name: values.to(accelerator.device) for name, values in batch.items()}
         with accelerator.autocast():
-            x, y = (models.run_model(model, batch, True)[1][-1] for model in (student, teacher))
-        x, y = (states[batch["attention_mask"] > 0].cpu().double() for states in (x, y))
+            x, y = (models.run_model(model, models.model_inputs(model, batch, accelerator.device), True)[1][-1]
+                    for model in (student, teacher))
+        x, y = (states.cpu()[batch["attention_mask"] > 0].double() for states in (x, y))
         x = F.pad(x, (0, 1), value=1.0)
         gram, moment = gram + x.T @ x, moment + x.T @ y
     gram.diagonal()[:-1].add_(1e-4 * gram.diagonal()[:-1].mean())
@@ -216,17 +207,16 @@ def fold_head(student, teacher, projection: nn.Linear | None) -> bool:
     b = W_t b_P + b_t. Its logits are the teacher's on projected states, and what is deployed is a standard model. A
     head with more than a linear map (of a text or pair, ModernBERT's) composes with no projection: without one it is
     copied where all shapes are equal, else left as it is. Returns whether the head is now the teacher's."""
-    try:
-        goal, head = head_of(student), head_of(teacher)
-    except models.CheckpointError:
-        ours, theirs = ([m.get_parameter(name) for name in dict(layer_groups(m))["head"]] for m in (student, teacher))
-        fits = projection is None and [p.shape for p in ours] == [p.shape for p in theirs]
-        for own, other in zip(ours, theirs, strict=True) if fits else ():
-            own.copy_(other)
-        return fits
-    goal.weight.copy_(head.weight @ projection.weight if projection else head.weight)
-    goal.bias.copy_(head.weight @ projection.bias + head.bias if projection else head.bias)
-    return True
+    ours, theirs = ([m.get_parameter(name) for name in dict(layer_groups(m))["head"]] for m in (student, teacher))
+    if projection is not None:
+        if [p.dim() for p in theirs] != [2, 1]:
+            return False
+        weight, bias = theirs
+        theirs = [weight @ projection.weight, weight @ projection.bias + bias]
+    fits = [p.shape for p in ours] == [p.shape for p in theirs]
+    for own, given in zip(ours, theirs, strict=True) if fits else ():
+        own.copy_(given)
+    return fits
 
 
 def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss: str, relation_heads=None):
