@@ -181,6 +181,4 @@ def _student_and_steps(params: Params, run: Run, source: str, inputs: Inputs, de
     """The student of an earlier stage, and the steps that unfreeze it from top to bottom."""
     student = load_student(run, source, inputs, device) if params.distil else load_checkpoint(params, inputs, device)
     dropout.set_dropout(student, hidden=params.dropout, attention=params.dropout)
-    if params.dropout and device.type == "cpu":
-        models.return_maps(student)  # no fused attention drops out there, and the plain one is 7 % faster
     return student, unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))

@@ -42,6 +42,9 @@ def as_stage(work):
 
 def fit_stage(params: Params, stage: Stage, accelerator, model, terms, feed, judge, epochs, lr, steps, weights=None):
     """`fit` with what all stages of a run share: its patience, schedule and decay."""
+    for part in (model, *model.children()) if accelerator.device.type == "cpu" else ():
+        if hasattr(part, "set_attn_implementation"):
+            models.return_maps(part)  # plain attention: the fused one learns slower there, and cannot drop out
     same = params.pick("patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
     return fit(model, terms, feed, judge, Recipe(epochs, lr, **same), steps, accelerator=accelerator, folder=stage.dir,
                name=stage.name, weights=weights)
