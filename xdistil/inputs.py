@@ -99,6 +99,8 @@ def depends(params: Params, run: Run, name: str) -> dict:
     elif name == "student-init" and params.trim_vocab:
         values |= params.pick("train_limit", "transfer_limit", "seq_len")
         files = ("train", "dev", "transfer")
+    elif name == "student-init" and params.initialisation == "teacher_pca":
+        values, files = values | params.pick("transfer_limit", "seq_len"), ("transfer",)
     elif name == "logits" and params.hard_label_weight:
         values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
     elif name == "labels" and not params.distil:

@@ -81,14 +81,15 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     teacher_lr: float = _field(5e-5, "peak learning rate of the teacher", gt=0, le=1)
 
     distil: bool = _field(True, "false: only fine-tune pt_student_checkpoint on labels, as xdistil finetune does")
-    student_init: Literal["auto", "checkpoint", "scratch", "teacher_layers"] = _field(
-        "auto", "where student weights come from; auto: the checkpoint if one is given, else scratch")
+    student_init: Literal["auto", "checkpoint", "scratch", "teacher_layers", "teacher_pca"] = _field(
+        "auto", "where student weights come from; auto: the checkpoint if one is given, else scratch; teacher_pca: "
+        "the teacher's layers, narrowed to hidden_size by principal components of its states")
     pt_student_checkpoint: str | None = _field(None, "student encoder: folder or hub name")
     student_arch: Literal["transformer", "bilstm"] = _field("transformer", "kind of student, from scratch")
     embedding_size: int = _field(300, "width E of a bilstm's word embeddings", ge=8)
-    hidden_size: int = _field(384, "student width H_s, from scratch; of a bilstm: in each direction", ge=8)
+    hidden_size: int = _field(384, "student width H_s, from scratch or narrowed; of a bilstm: in each direction", ge=8)
     num_hidden_layers: int = _field(6, "student layers, from scratch or copied", ge=1)
-    num_attention_heads: int = _field(12, "student attention heads, from scratch", ge=1)
+    num_attention_heads: int = _field(12, "student attention heads, from scratch or narrowed", ge=1)
     intermediate_size: int | None = _field(None, "student feed-forward width; default: 4 x hidden_size", ge=8)
     dropout: float = _field(0.1, "dropout of the student; on attention maps 0 in stage 1", ge=0, lt=1)
     compress_word_embedding: bool = _field(False, "student word embeddings from the teacher's: SVD, or mapped")
@@ -142,7 +143,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     def _combinations(self):
         init, checkpoint, compress = self.initialisation, self.pt_student_checkpoint, self.compress_word_embedding
         fits = [heads for heads in range(1, 33) if self.hidden_size % heads == 0]
-        freeze, copied, bilstm = self.freeze_word_embedding, init == "teacher_layers", self.student_arch == "bilstm"
+        freeze, copied, bilstm = self.freeze_word_embedding, init.startswith("teacher"), self.student_arch == "bilstm"
         for wrong, message in (
             (self.do_NER and self.do_pairwise, "do_pairwise: true, but so is do_NER (its default); set do_NER: false "
              "to label pairs, or do_pairwise: false to label words"),
@@ -150,7 +151,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "folder of labelled texts"),
             (bilstm and not self.do_NER, "student_arch: a bilstm labels words; set do_NER: true, or student_arch: "
              "transformer"),
-            (init == "scratch" and not bilstm and self.num_attention_heads not in fits,
+            (init in ("scratch", "teacher_pca") and not bilstm and self.num_attention_heads not in fits,
              f"hidden_size: {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
              f"choose num_attention_heads from {fits}"),
             (init == "checkpoint" and not checkpoint,
@@ -163,8 +164,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "distil_attention: false, or student_arch: transformer"),
             (self.projection_gelu and self.hidden_loss == "cka", "projection_gelu: hidden_loss cka projects nothing; "
              "set hidden_loss: mse, or projection_gelu: false"),
-            (copied and compress, "compress_word_embedding: copied teacher layers have the teacher's width, so "
-             "nothing is to be compressed; set compress_word_embedding: false"),
+            (copied and compress, f"compress_word_embedding: student_init {init!r} takes the word embeddings with "
+             "the layers; set compress_word_embedding: false"),
             (not self.distil and (compress or self.trim_vocab or not checkpoint), "distil: false fine-tunes "
              "pt_student_checkpoint as it is; name one, and set compress_word_embedding and trim_vocab: false"),
             (freeze and self.distil and not (compress or copied), "freeze_word_embedding: nothing of the teacher is "
@@ -180,7 +181,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
 
     @property
     def initialisation(self) -> str:
-        """`student_init` with `auto` resolved: checkpoint, scratch or teacher_layers."""
+        """`student_init` with `auto` resolved: checkpoint, scratch, teacher_layers or teacher_pca."""
         auto = "checkpoint" if self.pt_student_checkpoint else "scratch"
         return auto if self.student_init == "auto" else self.student_init
 

@@ -79,8 +79,12 @@ def build_student(params: Params, run: Run, stage: Stage, accelerator):
     """2. Build the student on the teacher's vocabulary; compress, map or copy its word embeddings; trim both."""
     inputs, (_, config) = Inputs(params, run), read_configs(params, run)
     teacher = inputs.load_teacher()
+    def sample():  # before the vocabulary is trimmed
+        examples = inputs.read("transfer")[1]
+        return students.sample_batches(examples, np.arange(len(examples)), inputs.pad_id, accelerator)
+
     student, origin = students.build_student(config, teacher, params.initialisation, params.pt_student_checkpoint,
-                                             inputs.labels, inputs.tokenizer, params.compress_word_embedding)
+                                             inputs.labels, inputs.tokenizer, params.compress_word_embedding, sample)
     _, spectrum = embeddings.compress(word_embedding(teacher), 1)
     trimmed = inputs.trim_vocab(student, stage, accelerator) if params.trim_vocab else {}
     models.save_model(student, inputs.tokenizer, stage.dir)

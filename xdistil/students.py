@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
-from xdistil import data, embeddings, families, losses, models
+from xdistil import data, embeddings, families, losses, models, narrow
 from xdistil.bilstm import BiLstmConfig
 from xdistil.grouping import batches, grid, shapes_for
 from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
@@ -17,12 +17,13 @@ from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
 
 def student_config(teacher_config, init: str, checkpoint: str | None, arch: str = "transformer",
                    embedding_size: int = 300, **sizes):
-    """The student's config. `init` is checkpoint, scratch or teacher_layers; `arch` transformer or bilstm, which alone
-    has an embedding_size; `sizes` are hidden_size (of a bilstm: in each direction), num_hidden_layers,
-    num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
+    """The student's config. `init` is checkpoint, scratch, teacher_layers or teacher_pca; `arch` transformer or
+    bilstm, which alone has an embedding_size; `sizes` are hidden_size (of a bilstm: in each direction),
+    num_hidden_layers, num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
     if init != "scratch":
         named = "pt_student_checkpoint" if init == "checkpoint" else "student_init"
-        config = models.load_config(checkpoint, named) if init == "checkpoint" else _shallower(teacher_config, **sizes)
+        config = (models.load_config(checkpoint, named) if init == "checkpoint" else
+                  (_narrower if init == "teacher_pca" else _shallower)(teacher_config, **sizes))
         if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES and not is_bilstm(config):
             raise models.CheckpointError(f"{named}: transformers has no token classifier for {config.model_type!r}, "
                                          "which can be a teacher only; choose a student of another family")
@@ -51,6 +52,19 @@ def _shallower(t, num_hidden_layers: int, intermediate_size: int | None, **_):
     return type(t).from_dict(t.to_dict() | changed)
 
 
+def _narrower(t, hidden_size: int, num_attention_heads: int, intermediate_size: int | None, **sizes):
+    """The config of `_shallower`, with states and heads narrower as well."""
+    if t.model_type not in narrow.FAMILIES or getattr(t, "embedding_size", t.hidden_size) != t.hidden_size:
+        raise models.CheckpointError(f"student_init: 'teacher_pca' narrows {', '.join(narrow.FAMILIES)} without a "
+                                     f"projection of the embeddings, not this {t.model_type!r}; set student_init: "
+                                     "teacher_layers for the teacher's width, or scratch")
+    neurons = intermediate_size or min(4 * hidden_size, t.intermediate_size)
+    config = _shallower(t, intermediate_size=neurons, **sizes)
+    config.update({"hidden_size": hidden_size, "num_attention_heads": num_attention_heads} |
+                  ({"embedding_size": hidden_size} if hasattr(t, "embedding_size") else {}))
+    return config
+
+
 def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attention: bool,
                  relation_heads: int | None = None) -> None:
     """Raise CheckpointError naming parameter and remedies if teacher and student config cannot work together;
@@ -59,6 +73,8 @@ def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attent
     room_t, room_s = families.n_positions(t), families.n_positions(s, pad_id)
     width = getattr(t, "embedding_size", t.hidden_size)
     fits = [n for n in range(1, s.hidden_size + 1) if s.hidden_size % n == t.hidden_size % n == 0]
+    heads = [n for n in range(1, t.num_attention_heads + 1) if s.hidden_size % n == 0 and
+             s.hidden_size * t.num_attention_heads <= n * t.hidden_size]  # no wider than the teacher's
     heads_s, size = getattr(s, "num_attention_heads", 0), "embedding_size" if is_bilstm(s) else "hidden_size"
     for wrong, message in (
         (room_s < 1, f"pt_student_checkpoint: a {s.model_type!r} student counts positions from the padding id, "
@@ -71,8 +87,13 @@ def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attent
          "false"),
         (relation_heads and relation_heads not in fits, f"relation_heads: {relation_heads} must divide both widths, "
          f"{t.hidden_size} (teacher) and {s.hidden_size} (student); choose from {fits} or leave it out"),
-        (compress and init == "scratch" and getattr(s, size) > width, f"{size}: {getattr(s, size)}, but the word "
-         f"embeddings to be compressed have width {width}; choose at most {width}"),
+        ((compress and init == "scratch" or init == "teacher_pca") and getattr(s, size) > width, f"{size}: "
+         f"{getattr(s, size)}, but the teacher's word embeddings have width {width}; choose at most {width}"),
+        (init == "teacher_pca" and heads_s not in heads, f"num_attention_heads: {heads_s} heads of width "
+         f"{s.hidden_size / (heads_s or 1):g} cannot be had from the teacher's {t.num_attention_heads} of width "
+         f"{t.hidden_size // t.num_attention_heads}; choose from {heads}"),
+        (init.startswith("teacher") and getattr(s, "intermediate_size", 0) > getattr(t, "intermediate_size", 1e9),
+         f"intermediate_size: more than the teacher's {getattr(t, 'intermediate_size', 0)}; leave it out"),
         (seq_len > min(room_t, room_s), f"seq_len: {seq_len}, but the teacher has {room_t} positions and the student "
          f"{room_s}; choose at most {min(room_t, room_s)}"),
     ):
@@ -120,9 +141,10 @@ def other_vocabulary(checkpoint: str, tokenizer, compress: bool):
 
 @torch.no_grad()
 def build_student(config, teacher, init: str, checkpoint: str | None, labels: list[str], tokenizer,
-                  compress: bool) -> tuple[nn.Module, str]:
-    """The student on the teacher's vocabulary, and where its word embeddings come from. Raises CheckpointError if a
-    checkpoint's vocabulary is not the teacher's and `compress` is off."""
+                  compress: bool, sample=None) -> tuple[nn.Module, str]:
+    """The student on the teacher's vocabulary, and where its word embeddings come from; `sample` gives batches of text
+    to narrow by, on one device. Raises CheckpointError if a checkpoint's vocabulary is not the teacher's and
+    `compress` is off."""
     words, origin, unit = word_embedding(teacher), "random", models.unit_of(teacher.config)
     if init == "checkpoint":
         student = models.load_classifier(checkpoint, labels, "pt_student_checkpoint", unit)
@@ -141,6 +163,14 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
         if init == "teacher_layers":
             copy_layers(teacher, student)
             origin = "the teacher's"
+        elif init == "teacher_pca":
+            batches, wide = list(sample()), models.from_config(_shallower(
+                teacher.config, config.num_hidden_layers, config.intermediate_size), unit)
+            copy_layers(teacher, wide)
+            for model in (wide, student):
+                model.to(batches[0]["input_ids"].device)
+            fold_head(student, wide, narrow.narrow(wide, student, batches))
+            student, origin = student.cpu(), "the teacher's, by principal components of its states"
         elif compress:  # at the scale that the layers above were initialised for
             own = word_embedding(student)
             scale = own.norm(dim=-1).mean()
@@ -177,21 +207,26 @@ def make_projections(pairs: list[tuple[int, int]], widths: list[int], width_t: i
                           nn.Linear(widths[s], width_t) for s, _ in pairs if gelu or widths[s] != width_t})
 
 
+def sample_batches(examples: data.Examples, windows: np.ndarray, pad_id: int, accelerator, n_windows: int = 1024):
+    """Batches, on the accelerator, of at most so many evenly spread windows."""
+    some = windows[np.linspace(0, len(windows) - 1, min(n_windows, len(windows))).astype(int)]
+    lengths = examples.lengths[some]
+    for rows, width in batches(lengths, grid(lengths, 32, shapes_for(accelerator))):
+        batch = data.collate(examples, some[rows], pad_id, width)
+        yield {name: values.to(accelerator.device) for name, values in batch.items()}
+
+
 @torch.no_grad()
 def fit_projection(student, teacher, examples: data.Examples, windows: np.ndarray, pad_id: int, accelerator,
                    n_windows: int = 1024) -> nn.Linear:
     """The map P x + b of the student's last hidden states to the teacher's, for losses that train none: by ridge
     regression over the real tokens of evenly spread windows, [P b]' = (X'X + r I)^-1 X'Y, where X has a column of ones
     that r spares and r is 1e-4 of the mean diagonal of X'X. Both models in eval mode."""
-    some = windows[np.linspace(0, len(windows) - 1, min(n_windows, len(windows))).astype(int)]
     gram = moment = 0.0
-    lengths = examples.lengths[some]
-    for rows, width in batches(lengths, grid(lengths, 32, shapes_for(accelerator))):
-        batch = data.collate(examples, some[rows], pad_id, width)
+    for batch in sample_batches(examples, windows, pad_id, accelerator, n_windows):
         with accelerator.autocast():
-            x, y = (models.run_model(model, models.model_inputs(model, batch, accelerator.device), True)[1][-1]
-                    for model in (student, teacher))
-        x, y = (states.cpu()[batch["attention_mask"] > 0].double() for states in (x, y))
+            x, y = (models.run_model(model, batch, True)[1][-1] for model in (student, teacher))
+        x, y = (states[batch["attention_mask"] > 0].cpu().double() for states in (x, y))
         x = F.pad(x, (0, 1), value=1.0)
         gram, moment = gram + x.T @ x, moment + x.T @ y
     gram.diagonal()[:-1].add_(1e-4 * gram.diagonal()[:-1].mean())
