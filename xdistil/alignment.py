@@ -20,19 +20,24 @@ def linear_cka(rows, columns) -> list[list[float]]:
 def measure_alignment(teacher, student, projections, examples: data.Examples, pad_id: int, device, *,
                       hidden_pairs=(), attention_pairs=(), n_windows: int = 128) -> dict:
     """Alignment on a fixed sample of evenly spread windows: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after
-    projection, None where widths differ; `attention_kl` [pair][head] in nats; and the pairs. Args: hidden_pairs:
-    (student, teacher) hidden-state indices 0..L; attention_pairs: (student, teacher) layers 1..L of equal head counts,
-    eager attention; projections: see `students.make_projections`."""
+    projection, None where widths differ; `attention_kl` [pair][head] in nats; the pairs; of top states, the student's
+    and those paired with them, `spread` (share of their norm beside their mean's) and `rank` (participation ratio of the
+    covariance); of `words` words or texts, the shares that both answer alike (`agreement`) and that have the
+    teacher's most frequent answer (`constant`). Args: hidden_pairs: (student, teacher) hidden-state indices 0..L;
+    attention_pairs: (student, teacher) layers 1..L of equal head counts, eager attention; projections: see
+    `students.make_projections`."""
     teacher.eval(), student.eval()
     some = np.linspace(0, len(examples) - 1, min(n_windows, len(examples))).astype(int)
-    kept_t, kept_s, divergence, weights = [], [], [], []
+    kept_t, kept_s, divergence, weights, answers = [], [], [], [], []
     for start in range(0, len(some), 16):
         batch = {k: v.to(device) for k, v in data.collate(examples, some[start : start + 16], pad_id).items()}
         mask = batch["attention_mask"]
-        _, states_t, maps_t = models.run_model(teacher, batch, True, bool(attention_pairs))
-        _, states_s, maps_s = models.run_model(student, batch, True, bool(attention_pairs))
+        logits_t, states_t, maps_t = models.run_model(teacher, batch, True, bool(attention_pairs))
+        logits_s, states_s, maps_s = models.run_model(student, batch, True, bool(attention_pairs))
         for kept, states in ((kept_t, states_t), (kept_s, states_s)):
             kept.append([state[mask > 0].float() for state in states])
+        first = batch["words"][:, : logits_t.shape[1]] >= 0
+        answers.append(torch.stack([logits[first].argmax(-1) for logits in (logits_s, logits_t)]))
         heads = [zip(maps_s[s - 1].split(1, 1), maps_t[t - 1].split(1, 1), strict=True) for s, t in attention_pairs]
         divergence.append([[float(losses.attention_kl(a, b, mask)) for a, b in pair] for pair in heads])
         weights.append(int(mask.sum()))
@@ -41,5 +46,11 @@ def measure_alignment(teacher, student, projections, examples: data.Examples, pa
     cosine = [float(torch.cosine_similarity(state, all_t[t], dim=-1).mean()) if state.shape == all_t[t].shape else None
               for state, (_, t) in zip(projected, hidden_pairs, strict=True)]
     kl = np.average(divergence, axis=0, weights=weights).tolist()
+    ours, theirs = torch.cat(answers, 1)
+    tops = [all_s[-1], all_t[dict(hidden_pairs).get(len(all_s) - 1, -1)]]
+    units = [losses.unit_states(x.double(), x.new_ones(len(x), 1)) for x in tops]
     return {"cka": linear_cka(all_t, all_s), "cosine": cosine, "attention_kl": kl, "hidden_pairs": hidden_pairs,
-            "attention_pairs": attention_pairs}
+            "attention_pairs": attention_pairs, "rank": [float(x.square().sum() ** 2) for x in units],
+            "spread": [float((x - x.mean(0)).norm() / x.norm().clamp(min=1e-12)) for x in tops], "words": len(ours),
+            "agreement": float((ours == theirs).double().mean()),
+            "constant": int(theirs.bincount().max()) / len(theirs)}

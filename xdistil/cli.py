@@ -110,12 +110,13 @@ def run_notebooks(params: Params) -> int:
                    else "its kernel, which died, most often for want of memory: lower the batch sizes")
             print(f"xdistil: {verb} failed in {why}\n  what ran is saved in {notebook}", file=sys.stderr)
             return 1
-    page, table = run.dir / "report.html", views.results(run)
+    page, table, alarms = run.dir / "report.html", views.results(run), views.alarms(run)
     if ran or not page.is_file():
-        summary = f"{table._repr_html_()}<details><summary>parameters</summary>{params._repr_html_()}</details>"
+        summary = (f"{table._repr_html_()}<div class=alarm>{alarms._repr_html_()}</div>"
+                   f"<details><summary>parameters</summary>{params._repr_html_()}</details>")
         figures = [run.dir / "figures" / f"{name}.png" for name in ("languages", "attention")]
         report.write_report(executed, page, title=f"xdistil: {run.dir.name}", summary_html=summary, figures=figures)
-    print(f"\n{table}\n\n{ran} of {len(names)} stages ran in {time.monotonic() - start:.0f} s\n"
+    print(f"\n{table}\n\n{alarms}\n\n{ran} of {len(names)} stages ran in {time.monotonic() - start:.0f} s\n"
           f"student: {run.dir / 'student'}\nreport: {page}")
     return 0
 

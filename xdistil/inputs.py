@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdistil import data, demo_data, evaluate, grouping, models, students, texts, tf_weights, unfreeze, vocab
+from xdistil import alarms, data, demo_data, evaluate, grouping, models, students, texts, tf_weights, unfreeze, vocab
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import Run, Stage, stages_of
@@ -155,6 +155,8 @@ class Inputs:
             models.load_classifier(source, self.labels, parameter, p.unit)
         for name in ("train", "dev", "test", *["transfer"] * p.distil):
             self.sentences(name)
+        for text in (text for name in ("dev", "test") for text in self.leaks(name)):
+            print(f"[alarm] {text}", flush=True)
 
     def load_teacher(self):
         """The fine-tuned teacher in eval mode, on the vocabulary of the tokenizer."""
@@ -184,11 +186,25 @@ class Inputs:
     def sentences(self, name: str) -> data.Sentences:
         """The sentences of train, dev, test or transfer. Raises DataError naming file and line."""
         path, p = task_file(self.params, self.run, name), self.params
-        limit = {"transfer": p.transfer_limit, "train": p.train_limit}.get(name)
+        limit = getattr(p, f"{name}_limit", None)
         if not self.by_word:
             return texts.read_texts(path, p.unit, () if name == "transfer" else self.listed, limit, p.seed)
         return (data.read_text(path, limit, p.seed) if name == "transfer"
                 else data.read_tagged(path, self.labels, limit, p.seed))
+
+    def keys(self, name: str) -> np.ndarray:
+        """Line numbers of a file's sentences, and hashes of this process that forget case and white space [2, N]."""
+        path, p = task_file(self.params, self.run, name), self.params
+        rows = ((number, hash(" ".join(" ".join(words).casefold().split()))) for number, line in data.read_lines(path)
+                if (words := texts.units_of(line, p.unit, f"{path}:{number}")))
+        rows = np.fromiter(rows, np.dtype((np.int64, 2)))
+        return np.array(data.subset(rows, getattr(p, f"{name}_limit", None), p.seed)).T
+
+    def leaks(self, name: str, *others: str) -> list[str]:
+        """Alarms of what dev or test shares with `others`, by default with all that is trained on."""
+        keys = self.keys(name)
+        return [text for x in others or ("train", *["transfer"] * self.params.distil)
+                for text in alarms.leakage(name, keys, task_file(self.params, self.run, x), self.keys(x))]
 
     def encode(self, sentences: data.Sentences, name: str = "text") -> data.Examples:
         """Windows of sentences; says how many texts or pairs were cut."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from xdistil import alignment, card, data, evaluate, export, models, students
+from xdistil import alarms, alignment, card, data, evaluate, export, models, students
 from xdistil.files import save_text
 from xdistil.inputs import Inputs, given_teacher
 from xdistil.params import Params
@@ -32,7 +32,9 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
         metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])
     with accelerator.autocast():
         likeness = alignment.measure_alignment(*pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, device)
-    return metrics | {"cka": likeness["cka"], "cka_with": "its teacher" if params.distil else "what it was before"}
+    warned = inputs.leaks("test") + (alarms.collapse(likeness) if params.distil else [])
+    return metrics | {"cka": likeness["cka"], "cka_with": "its teacher" if params.distil else "what it was before",
+                      "alarms": warned}
 
 
 @as_stage

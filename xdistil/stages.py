@@ -6,7 +6,7 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import nn
 
-from xdistil import alignment, dropout, embeddings, losses, models, students
+from xdistil import alarms, alignment, dropout, embeddings, losses, models, students
 from xdistil.devices import open_accelerator
 from xdistil.feeds import (
     from_frozen,
@@ -47,6 +47,7 @@ def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
         summary = fit_stage(params, stage, accelerator, teacher, _label_terms, feed, judge, params.teacher_epochs or
                             params.ft_epochs, params.teacher_lr, [("all", list(dict(teacher.named_parameters())))])
         models.save_model(teacher, inputs.tokenizer, teacher_dir(params, run))
+        summary["alarms"] = inputs.leaks("dev", "train")
     return {"dev": inputs.score(teacher, "dev", accelerator)[0], **models.size_of(teacher), **summary}
 
 
@@ -137,7 +138,9 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     save_atomic(stage.dir / "projections.safetensors", lambda path: save_file(tensors, path))
     store.drop("hidden", "attention", "qkv")
     return found | summary | {"head": head, "teacher_windows": store.asked, "alignment_before": before,
-                              "alignment_after": measure()}
+                              "alignment_after": (after := measure()), "alarms": [
+        *alarms.projection_alone(stage.history, before, after, projections), *inputs.leaks("dev", "transfer"),
+        *alarms.collapse(after, "the teacher's" in head)]}
 
 
 @as_stage
@@ -178,7 +181,7 @@ def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     judge = functools.partial(inputs.dev_f1, accelerator)
     summary = fit_stage(params, stage, accelerator, student, _label_terms, feed, judge, params.ft_epochs, params.ft_lr,
                         steps)
-    return save_student(stage, student, inputs, accelerator) | summary
+    return save_student(stage, student, inputs, accelerator) | summary | {"alarms": inputs.leaks("dev", "train")}
 
 
 def _student_and_steps(params: Params, run: Run, source: str, inputs: Inputs, device):

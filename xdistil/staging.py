@@ -6,7 +6,7 @@ import time
 
 from accelerate.utils import set_seed
 
-from xdistil import models
+from xdistil import alarms, models
 from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.files import save_json
 from xdistil.inputs import Inputs, depends
@@ -21,7 +21,8 @@ def as_stage(work):
 
     @functools.wraps(work)
     def call(params: Params, run: Run) -> Stage:
-        for earlier in itertools.takewhile(lambda other: other != name, stages_of(params)):
+        before = list(itertools.takewhile(lambda other: other != name, stages_of(params)))
+        for earlier in before:
             found, wanted = run.stage(earlier).done, depends(params, run, earlier)
             if found != wanted:
                 why = describe_changes(found, wanted) if found else "it has not finished"
@@ -32,9 +33,13 @@ def as_stage(work):
             start = time.monotonic()
             set_seed(params.seed)
             metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
+            dev = [m["dev"]["macro"] for m in (*(run.stage(x).metrics for x in before[-1:]), metrics) if "dev" in m]
+            metrics["alarms"] = [*metrics.get("alarms", ()), *alarms.overfitting(stage.history, dev)]
             seconds = round(time.monotonic() - start, 2)
             stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": peak_memory_mb()})
             stage.say(f"finished in {seconds} s")
+        for text in stage.metrics.get("alarms", ()):
+            stage.say(f"[alarm] {text}")
         return stage
 
     return call

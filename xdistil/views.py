@@ -7,7 +7,7 @@ from xdistil import data, evaluate, models, stages, students
 from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs
 from xdistil.params import Params, Table
-from xdistil.runs import Run, Stage
+from xdistil.runs import STAGES, Run, Stage
 
 
 def describe(params: Params, run: Run) -> list[Table]:
@@ -15,7 +15,7 @@ def describe(params: Params, run: Run) -> list[Table]:
     inputs, files, texts, tags = Inputs(params, run), [], {}, {}
     for name in ("train", "dev", "test", "transfer"):
         sentences, examples = inputs.read(name)
-        texts[name] = set(map(" ".join, sentences.words))
+        texts[name] = set(inputs.keys(name)[1].tolist())
         tags[name] = [tag for sentence in sentences.tags or () for tag in sentence]
         median, most, longest = map(int, np.quantile(examples.lengths, (0.5, 0.95, 1.0)))
         files.append({"file": name, "sentences": len(sentences),
@@ -42,6 +42,12 @@ def needs(params: Params, run: Run) -> Table:
             "memory: training the student, without activations": 4 * small, "disk: teacher outputs, all": outputs,
             "disk: teacher outputs kept (targets_cache_gb)": min(outputs, params.targets_cache_gb)}
     return Table([{"what": what, "GB": size} for what, size in rows.items()], "needs, estimated")
+
+
+def alarms(run: Run) -> Table:
+    """What the stages of a run warned of."""
+    rows = [{"stage": name, "alarm": text} for name in STAGES for text in run.stage(name).metrics.get("alarms", ())]
+    return Table(rows or [{"alarms": "none"}])
 
 
 def scores(stage: Stage) -> Table:
