@@ -44,6 +44,7 @@ def test_every_params_file_loads_with_the_values_it_gives(root):
     ("teacher_lr", "3e-5", 3e-5), ("do_NER", "true", True), ("distil_attention", "true", True),
     ("distil_attention", "false", False), ("seq_len", "128", 128), ("hidden_weight", 2, 2.0),
     ("layer_map", "[[1, 2], [3,6]]", [[1, 2], [3, 6]]), ("layer_map", "last", "last"),
+    ("student_stages", "labels", ["labels"]), ("student_stages", "[logits, labels]", ["logits", "labels"]),
     ("layer_map", [(0, 1)], [[0, 1]]), ("layer_weights", "[1, 0.5]", [1.0, 0.5])])
 def test_what_yaml_and_papermill_hand_over_as_text_is_read_as_meant(name, text, value):
     found = getattr(load_params({name: text}), name)
@@ -93,6 +94,8 @@ def test_the_limits_above_are_all_there_are():
 @pytest.mark.parametrize("values, parameter, remedy", [
     ({"do_NER": False}, "task", "set do_NER: true, or name a folder"),
     ({"do_pairwise": True}, "do_pairwise", "do_NER .*set do_NER: false to label pairs, or do_pairwise: false"),
+    ({"student_stages": []}, "student_stages", "one or more of hidden, logits, labels"),
+    ({"student_stages": ["labels", "labels"]}, "student_stages", "names a stage twice"),
     ({"hidden_size": 20, "num_attention_heads": 12}, "hidden_size",
      r"choose num_attention_heads from \[1, 2, 4, 5, 10, 20\]"),
     ({"student_init": "checkpoint"}, "student_init", "name it or set student_init: scratch"),

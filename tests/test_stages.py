@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from seqeval.metrics.v1 import precision_recall_fscore_support
 from seqeval.scheme import IOB2
 
-from xdistil import data, losses, models, stages, training
+from xdistil import data, losses, models, stages, training, views
 from xdistil.inputs import Inputs, depends
 from xdistil.models import CheckpointError
 from xdistil.params import load_params
-from xdistil.runs import STAGES, Run
+from xdistil.runs import STAGES, Run, stages_of
 from xdistil.training import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -523,3 +523,38 @@ def test_the_model_card_names_a_given_teacher(smoke, tmp_path):
     run = run_stages(smoke_params(tmp_path / "run", teacher_model_dir=str(given), distil_epochs=1, ft_epochs=1))
     card = (run.dir / "student/README.md").read_text(encoding="utf-8")
     assert "from a fine-tuned their-teacher" in card and "tiny-teacher" not in card
+
+
+def test_the_order_of_the_stages_is_followed(copied, smoke, capsys):
+    folder = copied("student-init")
+    params = smoke_params(folder, student_stages="labels, logits", unfreeze="none", distil_epochs=1, ft_epochs=1)
+    run = run_stages(params, "hidden", "hidden")
+    assert "[hidden] not one of this run's stages, teacher, student-init, labels, logits, " in capsys.readouterr().out
+    assert not (folder / "hidden").exists()
+    with pytest.raises(RuntimeError, match="logits needs stage labels: it has not finished"):
+        stages.distil_logits(params, run)
+    for name in stages_of(params)[2:]:
+        getattr(stages, STAGES[name])(params, run)
+    names = ("teacher", "student-init", "labels", "logits", "evaluation", "student")
+    assert stages_of(params) == [*names]
+    assert [name for name in depends(params, run, "labels") if name.startswith("stage ")] == ["stage student-init"]
+    assert [name for name in depends(params, run, "logits") if name.startswith("stage ")] == ["stage labels"]
+    assert changed(weights(folder / "logits"), weights(folder / "student")) == set()  # the last one is given away
+    assert changed(weights(folder / "logits"), weights(folder / "labels"))
+    first = run.stage("logits").history[0]["held_out_logits"]
+    assert first > 0
+    assert list(views.dev_by_stage(run)[0]) == ["labels", "logits"]
+    again = smoke_params(folder, student_stages=["logits", "labels"], unfreeze="none", distil_epochs=1, ft_epochs=1)
+    run_stages(again, "logits", "logits")
+    assert "[logits] runs again: stage labels changed" in (said := capsys.readouterr().out)
+    assert "stage student-init changed (None -> " in said
+
+
+def test_a_student_of_labels_alone_asks_its_teacher_nothing(copied, capsys):
+    folder = copied("student-init")
+    run = run_stages(smoke_params(folder, student_stages=["labels"], ft_epochs=1), "hidden")
+    assert capsys.readouterr().out.count("nothing is done") == 2 and not (folder / "targets").exists()
+    found = run.stage("evaluation").metrics
+    assert found["student"]["dev"] == run.stage("labels").metrics["dev"] and found["teacher"]["test"]
+    again = stages.distil_hidden(run.params, run)
+    assert (again.done, again.metrics, again.history) == (None, {}, [])

@@ -89,6 +89,9 @@ def run_notebooks(params: Params) -> int:
     stages.check(params, run)
     os.environ |= {"XDISTIL_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     executed.mkdir(parents=True, exist_ok=True)
+    for path in executed.glob("*.ipynb"):  # of stages that are no longer asked for: not in the report either
+        if path.stem[3:] not in map(STAGES.get, stages_of(params)):
+            path.unlink()
     for name in (bar := tqdm(names := stages_of(params), unit="notebook", disable=None)):
         verb, number = STAGES[name], list(STAGES).index(name) + 1
         notebook = executed / f"{number:02d}_{verb}.ipynb"

@@ -8,7 +8,7 @@ import numpy as np
 from xdistil import alarms, data, demo_data, evaluate, grouping, models, students, texts, tf_weights, unfreeze, vocab
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
-from xdistil.runs import Run, Stage, stages_of
+from xdistil.runs import Run, Stage, stage_before, stages_of
 from xdistil.training import Feed
 
 RECIPE = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
@@ -39,8 +39,9 @@ def task_file(params: Params, run: Run, name: str) -> Path:
     return Path(params.transfer_file if name == "transfer" and params.transfer_file else folder / f"{name}.tsv")
 
 
-def _hash(path: Path) -> str:
-    next(data.read_lines(path) if path.suffix == ".tsv" else iter(()), None)  # a clear error if it is absent
+def hash_input(path: Path) -> str:
+    """The hash of a file that a stage reads. Raises DataError if it is absent."""
+    next(data.read_lines(path) if path.suffix == ".tsv" else iter(()), None)
     return hash_file(path, path.stat().st_mtime_ns, path.stat().st_size)
 
 
@@ -91,7 +92,7 @@ def depends(params: Params, run: Run, name: str) -> dict:
     values, files, given = params.pick(*USES.get(name, ())), FILES.get(name, ()), given_teacher(params, run)
     unit = {} if params.unit == "word" else {"unit": params.unit}
     if name == "teacher" and given:
-        weights = fingerprint([_hash(path) for path in sorted(given.glob("*.safetensors")) or [given]])
+        weights = fingerprint([hash_input(path) for path in sorted(given.glob("*.safetensors")) or [given]])
         values, files = {"teacher weights": weights, "seq_len": params.seq_len, **unit}, ("dev", "labels")
     elif name == "teacher":
         values |= {"teacher_epochs": params.teacher_epochs or params.ft_epochs, **unit,
@@ -104,11 +105,11 @@ def depends(params: Params, run: Run, name: str) -> dict:
     elif name == "logits" and params.hard_label_weight:
         values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
     elif name == "labels" and not params.distil:
-        weights = [_hash(path) for path in sorted(Path(params.pt_student_checkpoint).glob("*.safetensors"))]
+        weights = [hash_input(path) for path in sorted(Path(params.pt_student_checkpoint).glob("*.safetensors"))]
         values, files = values | unit | {"student": weights or params.pt_student_checkpoint}, (*files, "labels")
-    values |= {f"{file} file": _hash(task_file(params, run, file)) for file in files}
-    before = stages_of(params)[: stages_of(params).index(name)]
-    return values | ({f"stage {before[-1]}": run.stage(before[-1]).fingerprint} if before else {})
+    values |= {f"{file} file": hash_input(task_file(params, run, file)) for file in files}
+    before = stage_before(params, name)
+    return values | ({f"stage {before}": run.stage(before).fingerprint} if before else {})
 
 
 def is_done(params: Params, run: Run, name: str) -> bool:

@@ -96,6 +96,9 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     freeze_word_embedding: bool = _field(False, "student word embeddings never change")
     trim_vocab: bool = _field(False, "keep the pieces of train and transfer text and single characters only")
 
+    student_stages: list[Literal["hidden", "logits", "labels"]] = _field(
+        ["hidden", "logits", "labels"], "what the student learns from, in this order, each at most once; others are "
+        "left out; with distil: false labels alone")
     distil_multi_hidden_states: bool = _field(False, "distil every layer of the map; else the top states only")
     distil_attention: bool = _field(False, "distil attention as well, see attention_loss")
     projection_gelu: bool = _field(False, "GELU on projected states (2004.05686); stage 2 then starts a new head")
@@ -139,12 +142,20 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     def _lists(cls, value):  # text on the command line
         return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
 
+    @field_validator("student_stages", mode="before")
+    @classmethod
+    def _names(cls, value):
+        return value.strip("[]").replace(",", " ").split() if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _combinations(self):
         init, checkpoint, compress = self.initialisation, self.pt_student_checkpoint, self.compress_word_embedding
         fits = [heads for heads in range(1, 33) if self.hidden_size % heads == 0]
         freeze, copied, bilstm = self.freeze_word_embedding, init.startswith("teacher"), self.student_arch == "bilstm"
         for wrong, message in (
+            (sorted(set(self.student_stages)) != sorted(self.student_stages) or not self.student_stages,
+             f"student_stages: {self.student_stages} names a stage twice, or none; name one or more of hidden, logits, "
+             "labels, in the order wanted"),
             (self.do_NER and self.do_pairwise, "do_pairwise: true, but so is do_NER (its default); set do_NER: false "
              "to label pairs, or do_pairwise: false to label words"),
             (self.task == DEMO_TASK and not self.do_NER, "task: 'demo' labels words; set do_NER: true, or name a "

@@ -8,8 +8,8 @@ from xdistil import alarms, alignment, card, data, evaluate, export, models, stu
 from xdistil.files import save_text
 from xdistil.inputs import Inputs, given_teacher
 from xdistil.params import Params
-from xdistil.runs import Run, Stage
-from xdistil.staging import as_stage, load_checkpoint, load_student
+from xdistil.runs import Run, Stage, stage_before
+from xdistil.staging import as_stage, load_student
 
 
 @as_stage
@@ -17,12 +17,12 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     """6. Teacher and student on dev and, for the first and only time, on test; size, speed, likeness (without a
     teacher: to the checkpoint that the student was)."""
     inputs, device = Inputs(params, run), accelerator.device
-    pair = {"teacher": inputs.load_teacher() if params.distil else load_checkpoint(params, inputs),
-            "student": load_student(run, "labels", inputs)}
+    pair = {"teacher": inputs.load_teacher() if params.distil else load_student(run, "labels", inputs),
+            "student": load_student(run, "evaluation", inputs)}
     pair = {name: models.prepare_to_answer(model, accelerator) for name, model in pair.items()}
     (gold, test), metrics = inputs.read("test"), {}
     sizes = {"teacher": run.stage("student-init").metrics.get("teacher"), "student": models.size_of(pair["student"])}
-    for name, done in (("teacher", "teacher"), ("student", "labels"))[not params.distil :]:
+    for name, done in (("teacher", "teacher"), ("student", stage_before(params, "evaluation")))[not params.distil :]:
         scores, tags = inputs.score(pair[name], "test", accelerator)
         metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **sizes[name],
                          "mb": sizes[name]["parameters"] * 4 / 1e6,
@@ -41,7 +41,7 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
 def export_student(params: Params, run: Run, stage: Stage, accelerator):
     """7. The student as a plain Hugging Face folder with a model card, loaded again and compared."""
     inputs, metrics = Inputs(params, run), run.stage("evaluation").metrics
-    student = load_student(run, "labels", inputs)
+    student = load_student(run, "evaluation", inputs)
     inputs.tokenizer.model_max_length = params.seq_len  # positions past it were never trained
     if not models.reads_token_types(student):  # else transformers would hand it the token types of the teacher
         inputs.tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]

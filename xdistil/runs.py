@@ -13,8 +13,15 @@ STAGES = {"teacher": "finetune_teacher", "student-init": "build_student", "hidde
 
 
 def stages_of(params: Params) -> list[str]:
-    """The stages of a run in order, by their folders; without distillation only those on labels."""
-    return list(STAGES)[0 if params.distil else list(STAGES).index("labels") :]
+    """The stages of a run in order, by their folders; without distillation the student learns from labels alone."""
+    taught = ["teacher", "student-init", *params.student_stages] if params.distil else ["labels"]
+    return [*taught, "evaluation", "student"]
+
+
+def stage_before(params: Params, name: str) -> str | None:
+    """The stage that another goes on from; None for the first of a run."""
+    names = [None, *stages_of(params)]
+    return names[names.index(name) - 1]
 
 
 class Stage:

@@ -23,7 +23,7 @@ from xdistil.inputs import Inputs, teacher_dir, teacher_source
 from xdistil.params import Params
 from xdistil.results import evaluate_student, export_student  # noqa: F401  two more of the seven
 from xdistil.runs import Run, Stage
-from xdistil.staging import as_stage, fit_stage, load_checkpoint, load_student, save_student
+from xdistil.staging import as_stage, fit_stage, load_student, save_student
 from xdistil.targets import TargetSpec
 from xdistil.training import Feed, part
 from xdistil.unfreeze import layer_groups, unfreezing_steps, word_embedding
@@ -104,7 +104,7 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     """3. Stage 1: hidden states and attention on the transfer set; then fold the head."""
     inputs, device = Inputs(params, run), accelerator.device
     teacher = models.prepare_to_answer(inputs.load_teacher(), accelerator, exact=False)
-    student = load_student(run, "student-init", inputs, device)
+    student = load_student(run, "hidden", inputs, device)
     hidden, attention, weights, spec = layer_pairs(params, teacher.config, student.config)
     for model in (teacher, student) if spec.attention else ():
         models.return_maps(model)
@@ -147,7 +147,7 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
 def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     """4. Stage 2: the teacher's logits on the transfer set, with gradual unfreezing."""
     inputs = Inputs(params, run)
-    student, steps = _student_and_steps(params, run, "hidden", inputs, accelerator.device)
+    student, steps = _student_and_steps(params, run, "logits", inputs, accelerator.device)
 
     store, *windows = transfer(params, run, inputs, lambda: models.prepare_to_answer(  # seldom called: stage 1 left
         inputs.load_teacher(), accelerator, exact=False), TargetSpec(), accelerator)  # its logits
@@ -176,7 +176,7 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
 def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     """5. Stage 3: cross-entropy on labels, with gradual unfreezing; dev F1 selects."""
     inputs = Inputs(params, run)
-    student, steps = _student_and_steps(params, run, "logits", inputs, accelerator.device)
+    student, steps = _student_and_steps(params, run, "labels", inputs, accelerator.device)
     feed = labelled_feed(params, student, inputs, accelerator)
     judge = functools.partial(inputs.dev_f1, accelerator)
     summary = fit_stage(params, stage, accelerator, student, _label_terms, feed, judge, params.ft_epochs, params.ft_lr,
@@ -184,8 +184,8 @@ def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     return save_student(stage, student, inputs, accelerator) | summary | {"alarms": inputs.leaks("dev", "train")}
 
 
-def _student_and_steps(params: Params, run: Run, source: str, inputs: Inputs, device):
-    """The student of an earlier stage, and the steps that unfreeze it from top to bottom."""
-    student = load_student(run, source, inputs, device) if params.distil else load_checkpoint(params, inputs, device)
+def _student_and_steps(params: Params, run: Run, name: str, inputs: Inputs, device):
+    """The student that a stage goes on from, and the steps that unfreeze it from top to bottom."""
+    student = load_student(run, name, inputs, device)
     dropout.set_dropout(student, hidden=params.dropout, attention=params.dropout)
     return student, unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))

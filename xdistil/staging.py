@@ -11,7 +11,7 @@ from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.files import save_json
 from xdistil.inputs import Inputs, depends
 from xdistil.params import Params
-from xdistil.runs import STAGES, Run, Stage, describe_changes, stages_of
+from xdistil.runs import STAGES, Run, Stage, describe_changes, stage_before, stages_of
 from xdistil.training import Recipe, fit
 
 
@@ -21,6 +21,9 @@ def as_stage(work):
 
     @functools.wraps(work)
     def call(params: Params, run: Run) -> Stage:
+        if name not in stages_of(params):
+            Stage(run.dir / name).say(f"not one of this run's stages, {', '.join(stages_of(params))}: nothing is done")
+            return Stage(run.dir / "none" / name)  # whatever an earlier run of other stages left is not shown
         before = list(itertools.takewhile(lambda other: other != name, stages_of(params)))
         for earlier in before:
             found, wanted = run.stage(earlier).done, depends(params, run, earlier)
@@ -56,14 +59,11 @@ def fit_stage(params: Params, stage: Stage, accelerator, model, terms, feed, jud
 
 
 def load_student(run: Run, name: str, inputs: Inputs, device="cpu"):
-    """The student that a stage wrote."""
-    return models.load_classifier(run.stage(name).dir, inputs.labels, "model_dir", inputs.params.unit).to(device)
-
-
-def load_checkpoint(params: Params, inputs: Inputs, device="cpu"):
-    """The student's own checkpoint, as a classifier."""
-    return models.load_classifier(params.pt_student_checkpoint, inputs.labels, "pt_student_checkpoint",
-                                  params.unit).to(device)
+    """The student that stage `name` goes on from: of the stage before, or where none is, its own checkpoint."""
+    params, before = inputs.params, stage_before(inputs.params, name)
+    source = run.stage(before).dir if before else params.pt_student_checkpoint
+    parameter = "model_dir" if before else "pt_student_checkpoint"
+    return models.load_classifier(source, inputs.labels, parameter, params.unit).to(device)
 
 
 def save_student(stage: Stage, student, inputs: Inputs, accelerator) -> dict:

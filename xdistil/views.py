@@ -7,7 +7,7 @@ from xdistil import data, evaluate, models, stages, students
 from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs
 from xdistil.params import Params, Table
-from xdistil.runs import STAGES, Run, Stage
+from xdistil.runs import STAGES, Run, Stage, stages_of
 
 
 def describe(params: Params, run: Run) -> list[Table]:
@@ -68,7 +68,7 @@ def sizes(run: Run) -> Table:
 
 def dev_by_stage(run: Run) -> tuple[dict[str, float], float | None]:
     """Macro F1 on dev after each training stage of the student; and the teacher's, if there is one."""
-    names = ("teacher", "hidden", "logits", "labels") if "teacher" in run.stage("evaluation").metrics else ("labels",)
+    names = [name for name in stages_of(run.params)[:-2] if name != "student-init"]
     macro = {name: run.stage(name).metrics["dev"]["macro"] for name in names}
     return macro, macro.pop("teacher", None)
 
