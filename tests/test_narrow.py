@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from test_stages import copied, run_stages, smoke, smoke_params, weights  # noqa: F401  two are fixtures
+from tiny import head_of
 from transformers import AutoModelForTokenClassification
 
 from xdistil import alignment, models, narrow
 from xdistil.inputs import depends
 from xdistil.models import CheckpointError, run_model
-from xdistil.students import build_student, check_shapes, head_of, sample_batches, student_config
+from xdistil.students import build_student, check_shapes, sample_batches, student_config
 from xdistil.unfreeze import encoder_layers, word_embedding
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": None}
