@@ -16,7 +16,7 @@ LEVELS = [  # a module may import those of lower levels only
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "card"},
     {"dropout"}, {"runs", "devices", "data", "demo_data", "models"}, {"narrow"},
-    {"texts", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report"},
+    {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report"},
     {"inputs", "predict", "frozen"}, {"feeds", "staging"}, {"results"}, {"stages"}, {"views"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}

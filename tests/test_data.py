@@ -104,7 +104,8 @@ def test_repairs_are_counted_aloud(write, capsys):
 
 def test_transfer_text_is_the_first_column(write):
     found = read_text(write("a  b\tO O\ten\tx\n\n\tno words\nc\u00a0d e\n"))
-    assert found.words == [["a", "b"], ["c", "d", "e"]] and found.tags is None and not found.languages
+    assert found.words == [["a", "b"], ["c", "d", "e"]] and found.tags is None and not any(found.languages)
+    assert list(read_text(write("a b\tde\nc\td e\tf\n")).languages) == ["de", ""]
 
 
 def test_a_subset_is_seeded_and_in_order(write):

@@ -13,6 +13,7 @@ START, END = "<!-- table: written by XDISTIL_UPDATE=1 pytest tests/test_params.p
 # just outside and just inside every limit
 LIMITS = [
     ("seq_len", 7, 8), ("train_limit", 0, 1), ("transfer_limit", 1, 2), ("seed", -1, 0),
+    ("language_temperature", 0, 0.01), ("augment_mentions", -0.1, 0),
     ("teacher_batch_size", 0, 1), ("teacher_epochs", 0, 1), ("teacher_lr", 0, 1e-9), ("teacher_lr", 1.001, 1),
     ("embedding_size", 7, 8), ("hidden_size", 7, 8), ("num_hidden_layers", 0, 1), ("num_attention_heads", 0, 1),
     ("intermediate_size", 7, 8), ("dropout", -0.1, 0), ("dropout", 1, 0.99), ("hidden_weight", -0.1, 0),
@@ -79,7 +80,8 @@ def test_a_wrong_type_names_parameter_value_and_what_is_allowed(name, value, all
 
 @pytest.mark.parametrize("name, outside, inside", LIMITS)
 def test_each_limit_holds_and_is_named(name, outside, inside):
-    base = {"student_init": "teacher_layers", "distil_attention": True}  # so that no combination interferes
+    # so that no combination interferes
+    base = {"student_init": "teacher_layers", "distil_attention": True, "transfer_limit": 2}
     assert getattr(load_params(base, {name: inside}), name) == inside
     with pytest.raises(ParamsError, match=f"^{name}: found {outside}, but .*(greater|less) than .*[0-9]") as error:
         load_params(base, {name: outside})
@@ -111,6 +113,9 @@ def test_the_limits_above_are_all_there_are():
     ({"freeze_word_embedding": True}, "freeze_word_embedding", "set compress_word_embedding: true"),
     ({"hidden_weight": 0}, "hidden_weight", "set hidden_weight: 1, or distil_attention: true"),
     ({"hidden_weight": 0, "distil_attention": True, "attention_weight": 0}, "hidden_weight", "attention_weight: 1"),
+    ({"language_temperature": 2}, "transfer_limit", "set it, or transfer_select: random and language_temperature: 1"),
+    ({"transfer_select": "uncertain"}, "transfer_limit", "without it all text is used"),
+    ({"augment_mentions": 1, "do_NER": False, "task": "x"}, "augment_mentions", "set augment_mentions: 0, or do_NER"),
     ({"opt_policy": "mixed_float16", "device": "cpu"}, "opt_policy", "set opt_policy: mixed_bfloat16 or float32")])
 def test_impossible_combinations_name_parameter_and_remedy(values, parameter, remedy):
     with pytest.raises(ParamsError, match=f"^{parameter}: .*{remedy}"):

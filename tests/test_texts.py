@@ -113,8 +113,8 @@ def test_labels_are_names_or_their_lines_and_a_language_may_follow(tmp_path):
     path = write(tmp_path, "a\tb b\tyes\nc\td\t0\tsv\n")
     assert texts.read_texts(path, "pair", ["no", "yes"]) == Sentences(
         [["a\tb b"], ["c\td"]], [["yes"], ["no"]], ["", "sv"])
-    assert texts.read_texts(path, "pair") == Sentences([["a\tb b"], ["c\td"]])
-    assert texts.read_texts(path, "text") == Sentences([["a"], ["c"]])
+    assert texts.read_texts(path, "pair") == Sentences([["a\tb b"], ["c\td"]], None, ["yes", "0"])
+    assert texts.read_texts(path, "text").words == [["a"], ["c"]]  # the column after a transfer text is its language
 
 
 def test_where_names_are_numbers_a_number_is_a_name(tmp_path):

@@ -1,6 +1,6 @@
 """Text to ids and back: TSV files, ragged examples, windows, padded batches. A labelled line is
-`words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no quoting; a transfer line is text
-(further columns are ignored)."""
+`words<TAB>tags[<TAB>language]`, words and tags separated by single spaces, no quoting; a transfer line
+`text[<TAB>language]`."""
 
 import functools
 import os
@@ -75,9 +75,8 @@ def repair_iob2(tags: list[str]) -> tuple[list[str], int]:
 
 def subset(rows: list, limit: int | None, seed: int) -> list:
     """A seeded random subset of `limit` rows, in their order; all without a limit."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
+    return rows if limit is None or limit >= len(rows) else [
+        rows[i] for i in np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
 
 
 def read_tagged(path: Path, labels: list[str], limit: int | None = None, seed: int = 0) -> Sentences:
@@ -106,11 +105,13 @@ def read_tagged(path: Path, labels: list[str], limit: int | None = None, seed: i
 
 
 def read_text(path: Path, limit: int | None = None, seed: int = 0) -> Sentences:
-    """Read transfer text: the first column of each line, split at white space. Raises DataError."""
-    words = subset([words for _, line in read_lines(path) if (words := line.split("\t")[0].split())], limit, seed)
-    if not words:
+    """Read transfer text, split at white space; the language is "" unless there are two columns. Raises DataError."""
+    lines = (line.split("\t") for _, line in read_lines(path))
+    rows = [(words, more[0] if len(more) == 1 else "") for text, *more in lines if (words := text.split())]
+    if not rows:
         raise DataError(f"{path}: no sentence in this file; expected one sentence a line")
-    return Sentences(words)
+    words, languages = zip(*subset(rows, limit, seed), strict=True)
+    return Sentences(list(words), languages=languages)
 
 
 def typical_sentence(sentences: Sentences) -> list[str]:

@@ -13,12 +13,13 @@ from xdistil import data, grouping, models
 MEANS = {"macro": "macro F1", "micro": "micro F1", "accuracy": "accuracy", "matthews": "Matthews"}
 
 
-def _best(model, batch: dict, accelerator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probability of the most probable label, and that label."""
+def _best(model, batch: dict, accelerator, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probability of the most probable label, or the entropy (nats) of all; and that label."""
     inputs = models.model_inputs(model, batch, accelerator.device)
     with torch.inference_mode(), accelerator.autocast():
-        best = models.run_model(model, inputs)[0].float().softmax(-1).max(-1)
-    return best.values.cpu(), best.indices.cpu()
+        shares = models.run_model(model, inputs)[0].float().softmax(-1)
+        best = shares.max(-1)
+    return (torch.special.entr(shares).sum(-1) if entropy else best.values).cpu(), best.indices.cpu()
 
 
 def _batches(lengths: np.ndarray, batch_size: int, accelerator) -> list[tuple[np.ndarray, int]]:
@@ -32,14 +33,14 @@ def _batches(lengths: np.ndarray, batch_size: int, accelerator) -> list[tuple[np
 
 
 def predict(model, examples: data.Examples, words: list[list[str]], labels: list[str], pad_id: int, accelerator,
-            batch_size: int = 64) -> tuple[list[list[str]], list[list[float]]]:
-    """The most probable label of every word and its probability (0..1), in input order: at the word's first sub-word,
-    in the one window that owns it. Of a text or pair, see `texts`, one label."""
+            batch_size: int = 64, entropy: bool = False) -> tuple[list[list[str]], list[list[float]]]:
+    """The most probable label of every word and its probability (0..1), or the entropy (nats) of all labels, in input
+    order: at the word's first sub-word, in the one window that owns it. Of a text or pair, see `texts`, one label."""
     tags, scores = ([[empty] * len(sentence) for sentence in words] for empty in ("O", 1.0))
     model.eval()
     for rows, width in _batches(examples.lengths, batch_size, accelerator) if len(examples) else ():
         batch = data.collate(examples, rows, pad_id, width)
-        score, best = _best(model, batch, accelerator)
+        score, best = _best(model, batch, accelerator, entropy)
         word_of = batch["words"][:, : best.shape[1]]
         first = word_of >= 0
         sentences = examples.sentences[rows][first.nonzero()[:, 0].numpy()]

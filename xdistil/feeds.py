@@ -1,5 +1,6 @@
 """What distillation trains on and is judged by: batches of the transfer set with what the teacher says of them."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from xdistil import data, models, students
 from xdistil.frozen import FrozenStates
-from xdistil.inputs import Inputs, hash_input, task_file, teacher_dir
+from xdistil.inputs import Inputs, teacher_dir
 from xdistil.params import Params, ParamsError, fingerprint
 from xdistil.runs import Run
 from xdistil.targets import TargetSpec, TargetStore
@@ -39,8 +40,8 @@ def transfer(params: Params, run: Run, inputs: Inputs, load_teacher, spec: Targe
     (_, examples), config = inputs.read("transfer"), models.load_config(teacher_dir(params, run), "teacher_model_dir")
     cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
     held_out, chunks = data.split_transfer(len(examples), *cut.values())
-    key = fingerprint([run.stage("teacher").fingerprint, hash_input(task_file(params, run, "transfer")), cut,
-                       params.pick("opt_policy", "seq_len", "transfer_limit")])
+    text = hashlib.sha256(examples.input_ids.tobytes() + examples.offsets.tobytes()).hexdigest()
+    key = fingerprint([run.stage("teacher").fingerprint, text, cut, params.opt_policy])
     store = TargetStore(load_teacher, config, spec, examples, inputs.pad_id, accelerator,
                         folder=run.dir / "targets" / key, mode=params.targets_cache, n_passes=params.distil_epochs,
                         budget_bytes=params.targets_cache_gb * 1e9)

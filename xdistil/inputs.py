@@ -1,18 +1,34 @@
 """What a stage reads: the task's files, what its result depends on, tokenizer, labels, encoded sentences."""
 
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
 
-from xdistil import alarms, data, demo_data, evaluate, grouping, models, students, texts, tf_weights, unfreeze, vocab
+from xdistil import (
+    alarms,
+    data,
+    demo_data,
+    evaluate,
+    grouping,
+    models,
+    students,
+    texts,
+    tf_weights,
+    transfer,
+    unfreeze,
+    vocab,
+)
+from xdistil.devices import open_accelerator
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import Run, Stage, stage_before, stages_of
 from xdistil.training import Feed
 
 RECIPE = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
-TRANSFER = ("transfer_limit", "distil_chunk_size", "holdout_ratio", "student_distil_batch_size", "distil_epochs")
+TEXT = ("transfer_limit", "transfer_select", "language_temperature", "transfer_train", "augment_mentions")
+TRANSFER = (*TEXT, "distil_chunk_size", "holdout_ratio", "student_distil_batch_size", "distil_epochs")
 STUDENT = ("dropout", "freeze_word_embedding")
 USES = {  # the parameters that each stage's result follows from
     "teacher": (*RECIPE, "pt_teacher_checkpoint", "tf_model_check", "train_limit", "teacher_batch_size",
@@ -98,15 +114,17 @@ def depends(params: Params, run: Run, name: str) -> dict:
         values |= {"teacher_epochs": params.teacher_epochs or params.ft_epochs, **unit,
                    "teacher_model_dir": params.teacher_model_dir}  # where it is written
     elif name == "student-init" and params.trim_vocab:
-        values |= params.pick("train_limit", "transfer_limit", "seq_len")
+        values |= params.pick("train_limit", "seq_len", *TEXT)
         files = ("train", "dev", "transfer")
     elif name == "student-init" and params.initialisation == "teacher_pca":
-        values, files = values | params.pick("transfer_limit", "seq_len"), ("transfer",)
+        values, files = values | params.pick("seq_len", *TEXT), ("transfer",)
     elif name == "logits" and params.hard_label_weight:
         values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
     elif name == "labels" and not params.distil:
         weights = [hash_input(path) for path in sorted(Path(params.pt_student_checkpoint).glob("*.safetensors"))]
         values, files = values | unit | {"student": weights or params.pt_student_checkpoint}, (*files, "labels")
+    if "transfer" in files and (params.transfer_train or params.augment_mentions):
+        values, files = values | params.pick("train_limit"), (*files, "train")
     values |= {f"{file} file": hash_input(task_file(params, run, file)) for file in files}
     before = stage_before(params, name)
     return values | ({f"stage {before}": run.stage(before).fingerprint} if before else {})
@@ -187,11 +205,44 @@ class Inputs:
     def sentences(self, name: str) -> data.Sentences:
         """The sentences of train, dev, test or transfer. Raises DataError naming file and line."""
         path, p = task_file(self.params, self.run, name), self.params
-        limit = getattr(p, f"{name}_limit", None)
-        if not self.by_word:
-            return texts.read_texts(path, p.unit, () if name == "transfer" else self.listed, limit, p.seed)
-        return (data.read_text(path, limit, p.seed) if name == "transfer"
-                else data.read_tagged(path, self.labels, limit, p.seed))
+        if name == "transfer":
+            return self._transfer(path)
+        limit = p.train_limit if name == "train" else None
+        return (data.read_tagged(path, self.labels, limit, p.seed) if self.by_word
+                else texts.read_texts(path, p.unit, self.listed, limit, p.seed))
+
+    def _transfer(self, path: Path) -> data.Sentences:
+        """The transfer set: what is selected of its text, then train.tsv, then sentences with other mentions."""
+        p, plain = self.params, (self.params.transfer_select, self.params.language_temperature) == ("random", 1)
+        read = data.read_text if self.by_word else functools.partial(texts.read_texts, unit=p.unit)
+        words = (found := read(path, limit=p.transfer_limit if plain else None, seed=p.seed)).words
+        if not plain:
+            order = np.random.default_rng(p.seed).permutation(len(found))  # also while no teacher can be asked
+            if p.transfer_select == "uncertain" and is_done(p, self.run, "teacher"):
+                order = np.argsort(-self._uncertainty(path, found), kind="stable")
+            rows = transfer.select(order, found.languages, p.transfer_limit, p.language_temperature)
+            words = [words[i] for i in rows]
+        if p.transfer_train:  # each sentence once
+            words = list(map(list, dict.fromkeys(map(tuple, words + self.sentences("train").words))))
+        if p.augment_mentions:
+            train, *others = (self.sentences(name) for name in ("train", "dev"))
+            known, n = itertools.chain(words, *(x.words for x in (train, *others))), p.augment_mentions * len(words)
+            words = words + transfer.replace_mentions(train, round(n), known, p.seed).words
+        return data.Sentences(words)
+
+    def _uncertainty(self, path: Path, found: data.Sentences) -> np.ndarray:
+        """Mean entropy of the teacher's labels over the words of each sentence of the transfer text [N]; the teacher
+        is asked once, and what it says kept beside the targets."""
+        p = self.params
+        key = fingerprint([self.run.stage("teacher").fingerprint, hash_input(path), p.pick("seq_len", "opt_policy")])
+        kept = self.run.dir / "targets" / f"uncertainty-{key}.json"
+        if not kept.is_file():
+            accelerator = open_accelerator(p.device, p.opt_policy, quiet=True)
+            teacher = models.prepare_to_answer(self.load_teacher(), accelerator)
+            _, each = evaluate.predict(teacher, self.encode(found, "transfer"), found.words, self.labels, self.pad_id,
+                                       accelerator, entropy=True)
+            save_json(kept, [float(np.mean(values)) for values in each])
+        return np.array(read_json(kept))
 
     def keys(self, name: str) -> np.ndarray:
         """Line numbers of a file's sentences, and hashes of this process that forget case and white space [2, N]."""

@@ -66,7 +66,14 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
                           "and pairs with one label are cut", ge=8)
     train_limit: int | None = _field(None, "sentences of train.tsv used, a seeded subset", ge=1)
     transfer_file: str | None = _field(None, "unlabelled text, a sentence a line; default: TASK/transfer.tsv")
-    transfer_limit: int | None = _field(None, "sentences of the transfer text used, a seeded subset", ge=2)
+    transfer_limit: int | None = _field(None, "sentences of the transfer text used, see transfer_select", ge=2)
+    transfer_select: Literal["random", "uncertain"] = _field(
+        "random", "which: a seeded subset, or where the teacher's labels have the greatest entropy a word")
+    language_temperature: float = _field(
+        1.0, "T: languages (2nd column of the transfer text) give n^(1/T) of the limit; 1: as they come", gt=0)
+    transfer_train: bool = _field(False, "the sentences of train.tsv join the transfer set, past the limit")
+    augment_mentions: float = _field(
+        0.0, "so many times more transfer sentences, from train.tsv with other mentions of each type", ge=0)
     seed: int = _field(42, "seed of every random choice", ge=0)
     device: Literal["auto", "cpu", "cuda", "xla", "mps"] = _field("auto", "where models run")
     opt_policy: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = _field(
@@ -154,8 +161,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         freeze, copied, bilstm = self.freeze_word_embedding, init.startswith("teacher"), self.student_arch == "bilstm"
         for wrong, message in (
             (sorted(set(self.student_stages)) != sorted(self.student_stages) or not self.student_stages,
-             f"student_stages: {self.student_stages} names a stage twice, or none; name one or more of hidden, logits, "
-             "labels, in the order wanted"),
+             f"student_stages: {self.student_stages} names a stage twice, or none; name one or more of hidden, "
+             "logits, labels, in the order wanted"),
             (self.do_NER and self.do_pairwise, "do_pairwise: true, but so is do_NER (its default); set do_NER: false "
              "to label pairs, or do_pairwise: false to label words"),
             (self.task == DEMO_TASK and not self.do_NER, "task: 'demo' labels words; set do_NER: true, or name a "
@@ -181,6 +188,11 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "pt_student_checkpoint as it is; name one, and set compress_word_embedding and trim_vocab: false"),
             (freeze and self.distil and not (compress or copied), "freeze_word_embedding: nothing of the teacher is "
              "in these word embeddings; set compress_word_embedding: true as well, or freeze_word_embedding: false"),
+            (self.transfer_limit is None and (self.transfer_select, self.language_temperature) != ("random", 1),
+             "transfer_limit: without it all text is used; set it, or transfer_select: random and "
+             "language_temperature: 1"),
+            (self.augment_mentions and not self.do_NER, "augment_mentions: texts and pairs have no mentions; set "
+             "augment_mentions: 0, or do_NER: true"),
             (self.hidden_weight == 0 and not (self.distil_attention and self.attention_weight), "hidden_weight: 0 "
              "leaves stage 1 without a loss; set hidden_weight: 1, or distil_attention: true and attention_weight: 1"),
             (self.opt_policy == "mixed_float16" and self.device == "cpu",

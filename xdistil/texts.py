@@ -1,5 +1,5 @@
 """Whole texts and pairs of texts, one label each. A labelled line is `text<TAB>label[<TAB>language]` or, for pairs,
-`text<TAB>text<TAB>label[<TAB>language]`; a transfer line is a text or a pair (further columns are ignored). In
+`text<TAB>text<TAB>label[<TAB>language]`; a transfer line is a text or a pair `[<TAB>language]`. In
 `data.Sentences` a text is one word, a pair one word with the tab inside: what works on words and tags works here."""
 
 import numpy as np
@@ -54,7 +54,7 @@ def read_texts(path, unit: str, classes=(), limit: int | None = None, seed: int 
     if classes and len({label for (label,) in tags}) < 2:
         raise DataError(f"{path}: all {len(tags)} {unit}s that are read have the label {tags[0][0]!r}; a classifier "
                         "needs two classes or more")
-    return Sentences(words, tags, languages) if classes else Sentences(words)
+    return Sentences(words, tags, languages) if classes else Sentences(words, None, [one for (one,) in tags])
 
 
 def encode(sentences: Sentences, unit: str, tokenizer, seq_len: int, labels=()) -> tuple[Examples, int]:
