@@ -94,8 +94,6 @@ def test_what_the_teacher_is_unsure_of_is_chosen_and_it_is_asked_once(half_done,
     assert transfer_of(half_done, transfer_select="uncertain", transfer_limit=20) == some
     assert len(transfer_of(half_done, transfer_select="uncertain", transfer_limit=30)) == 30
     assert asked == [len(every)]  # another limit asks nothing either
-    transfer_of(half_done, transfer_select="uncertain", transfer_limit=20, seq_len=24)  # other windows, other answers
-    assert asked == [len(every)] * 2
 
 
 def test_before_there_is_a_teacher_a_random_subset_stands_in(tmp_path):

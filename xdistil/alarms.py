@@ -52,7 +52,8 @@ def overfitting(history: list[dict], dev=()) -> list[str]:
     if len(dev) > 1 and dev[0] - dev[1] > FALL:
         cases.append(("dev macro F1, stage to stage,", *dev, evals[0]["score"], min(r["score"] for r in evals)))
     return [f"overfitting: {what} went from {a:.3g} to {b:.3g} (alarm from {FALL:.0%}) while the loss fell from "
-            f"{x:.3g} to {y:.3g}; give more text nearer to dev, lower epochs or learning rate, or set hard_label_weight"
+            f"{x:.3g} to {y:.3g}; give more text nearer to dev, lower epochs or learning rate, or set "
+            "hard_label_weight"
             for what, a, b, x, y in cases if y < x]
 
 
