@@ -47,13 +47,11 @@ def overfitting(history: list[dict], dev=()) -> list[str]:
         loss = [fmean(r["loss"] for r in own if (r["kind"], r["epoch"]) == ("train", e["epoch"])) for e in last[1:]]
         worse = [r["score"] for r in (last if last[0]["metric"].endswith("loss") else last[::-1])]
         if len(last) > 2 and worse == sorted(set(worse)) and worse[2] - worse[0] > FALL * worse[0]:
-            what = f"{last[0]['metric']}, step {last[0]['step_name']},"
-            cases.append((what, *(r["score"] for r in last[::2]), *loss))
+            cases.append((f"{last[0]['metric']} ({last[0]['step_name']})", last[0]["score"], last[2]["score"], *loss))
     if len(dev) > 1 and dev[0] - dev[1] > FALL:
-        cases.append(("dev macro F1, stage to stage,", *dev, evals[0]["score"], min(r["score"] for r in evals)))
+        cases.append(("dev macro F1, from the stage before,", *dev, evals[0]["score"], min(r["score"] for r in evals)))
     return [f"overfitting: {what} went from {a:.3g} to {b:.3g} (alarm from {FALL:.0%}) while the loss fell from "
-            f"{x:.3g} to {y:.3g}; give more text nearer to dev, lower epochs or learning rate, or set "
-            "hard_label_weight"
+            f"{x:.3g} to {y:.3g}; give more text nearer to dev, lower epochs or learning rate, set hard_label_weight"
             for what, a, b, x, y in cases if y < x]
 
 

@@ -22,7 +22,7 @@ def measure_alignment(teacher, student, projections, examples: data.Examples, pa
     """Alignment on a fixed sample of evenly spread windows: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after
     projection, None where widths differ; `attention_kl` [pair][head] in nats; the pairs; of top states, the student's
     and those paired with them, `spread` (share of their norm beside their mean's) and `rank` (participation ratio of
-    the covariance); of `words` words or texts, the shares that both answer alike (`agreement`) and that have the
+    their covariance); of `words` words or texts, the shares that both answer alike (`agreement`) and that have the
     teacher's most frequent answer (`constant`). Args: hidden_pairs: (student, teacher) hidden-state indices 0..L;
     attention_pairs: (student, teacher) layers 1..L of equal head counts, eager attention; projections: see
     `students.make_projections`."""

@@ -39,7 +39,7 @@ def write_report(notebooks_dir, out_path, *, title: str, summary_html: str = "",
     for path in paths:
         body = UNWANTED.sub("", exporter.from_notebook_node(nbformat.read(path, as_version=4))[0])
         body = re.sub(r'href="([\w.-]+)[.]ipynb', r'href="#\1', body)
-        body = re.sub(r"(?m)^\[[\w-]+\] \[alarm\] [^<\n]*", r'<b class="alarm">\g<0></b>', body)
+        body = re.sub(r"\[[\w-]+\] \[alarm\] [^<\n]*", r'<b class="alarm">\g<0></b>', body)
         body = re.sub(r"(?s)<h([1-3])\b[^>]*>(.*?)</h\1>", anchor, body)
         sections.append(f'<section id="{path.stem}">{body}</section>')
     page = Template(resources.files("xdistil").joinpath("report.html").read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from xdistil import data, evaluate, models, stages, students
 from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs
 from xdistil.params import Params, Table
-from xdistil.runs import STAGES, Run, Stage, stages_of
+from xdistil.runs import Run, Stage, stages_of
 
 
 def describe(params: Params, run: Run) -> list[Table]:
@@ -46,7 +46,8 @@ def needs(params: Params, run: Run) -> Table:
 
 def alarms(run: Run) -> Table:
     """What the stages of a run warned of."""
-    rows = [{"stage": name, "alarm": text} for name in STAGES for text in run.stage(name).metrics.get("alarms", ())]
+    rows = [{"stage": name, "alarm": text} for name in stages_of(run.params)
+            for text in run.stage(name).metrics.get("alarms", ())]
     return Table(rows or [{"alarms": "none"}])
 
 
