@@ -208,8 +208,8 @@ def test_alarms_are_said_when_a_stage_ends_and_again_when_it_is_done(bad, capsys
 
 def test_a_healthy_run_is_silent(tmp_path):
     params = smoke_params(tmp_path / "run", student_init="teacher_layers", hidden_size=48,
-                          compress_word_embedding=False, unfreeze="none", teacher_lr=3e-3, teacher_epochs=20, patience=20, distil_lr=1e-3,
-                          logit_lr=1e-3)
+                          compress_word_embedding=False, unfreeze="none", teacher_lr=3e-3, teacher_epochs=20,
+                          patience=20, distil_lr=1e-3, logit_lr=1e-3)
     run = run_stages(params, last="evaluation")
     assert {name: run.stage(name).metrics.get("alarms") for name in list(STAGES)[:6]} == dict.fromkeys(
         list(STAGES)[:6], [])

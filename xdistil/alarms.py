@@ -45,8 +45,9 @@ def overfitting(history: list[dict], dev=()) -> list[str]:
         own = [r for r in history if r["step"] == step]
         last = [r for r in own if r["kind"] == "eval"][-3:]
         loss = [fmean(r["loss"] for r in own if (r["kind"], r["epoch"]) == ("train", e["epoch"])) for e in last[1:]]
-        worse = [r["score"] for r in (last if last[0]["metric"].endswith("loss") else last[::-1])]
-        if len(last) > 2 and worse == sorted(set(worse)) and worse[2] - worse[0] > FALL * worse[0]:
+        lower = last[0]["metric"].endswith("loss")  # is better, and falls by a share of itself, F1 by points
+        worse = [r["score"] for r in (last if lower else last[::-1])]
+        if len(last) > 2 and worse == sorted(set(worse)) and worse[2] - worse[0] > FALL * (worse[0] if lower else 1):
             cases.append((f"{last[0]['metric']} ({last[0]['step_name']})", last[0]["score"], last[2]["score"], *loss))
     if len(dev) > 1 and dev[0] - dev[1] > FALL:
         cases.append(("dev macro F1, from the stage before,", *dev, evals[0]["score"], min(r["score"] for r in evals)))
