@@ -15,7 +15,7 @@ TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PATH
 LEVELS = [  # a module may import those of lower levels only
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "card", "alarms"},
-    {"dropout"}, {"runs", "devices", "data", "demo_data", "models"}, {"narrow"},
+    {"dropout"}, {"runs", "devices", "data", "demo_data", "models"}, {"narrow", "wordwise"},
     {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report"},
     {"inputs", "predict", "frozen"}, {"feeds", "staging"}, {"results"}, {"stages"}, {"views"}, {"cli"},
 ]

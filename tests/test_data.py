@@ -21,12 +21,12 @@ from xdistil.data import (
     special_tokens,
     split_transfer,
     subset,
-    typical_sentence,
     windows,
     write_tagged,
 )
 from xdistil.losses import IGNORED
 from xdistil.models import load_tokenizer
+from xdistil.views import typical_sentence
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -136,7 +136,7 @@ def test_labels_stand_on_first_sub_words_and_nowhere_else(tokenizer, labels):
     rest = [IGNORED] * (n - 1)
     assert found.labels.tolist() == [
         IGNORED, labels.index("B-LOC"), labels.index("I-LOC"), *rest, labels.index("O"), IGNORED]
-    assert found.words.tolist() == [-1, 0, 1, *[-1] * (n - 1), 2, -1]
+    assert found.words.tolist() == [-1, 0, 1, *[-2] * (n - 1), 2, -1]
     assert found.offsets.tolist() == [0, n + 4] and found.lengths.tolist() == [n + 4] and len(found) == 1
     assert (encode(sentence, tokenizer, 32).labels == IGNORED).all()  # without labels nothing is labelled
 

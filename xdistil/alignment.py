@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xdistil import data, losses, models
+from xdistil import data, losses, models, wordwise
 
 
 def linear_cka(rows, columns) -> list[list[float]]:
@@ -31,14 +31,17 @@ def measure_alignment(teacher, student, projections, examples: data.Examples, pa
     kept_t, kept_s, divergence, weights, answers = [], [], [], [], []
     for start in range(0, len(some), 16):
         batch = {k: v.to(device) for k, v in data.collate(examples, some[start : start + 16], pad_id).items()}
-        mask = batch["attention_mask"]
-        logits_t, states_t, maps_t = models.run_model(teacher, batch, True, bool(attention_pairs))
+        mask, read = wordwise.compared(batch), wordwise.as_teacher_reads(examples, batch, teacher)
+        logits_t, states_t, maps_t = models.run_model(teacher, read, True, bool(attention_pairs))
         logits_s, states_s, maps_s = models.run_model(student, batch, True, bool(attention_pairs))
+        logits_t, *states_t = (wordwise.move_states(x, read, batch) for x in (logits_t, *states_t))
         for kept, states in ((kept_t, states_t), (kept_s, states_s)):
             kept.append([state[mask > 0].float() for state in states])
         first = batch["words"][:, : logits_t.shape[1]] >= 0
         answers.append(torch.stack([logits[first].argmax(-1) for logits in (logits_s, logits_t)]))
-        heads = [zip(maps_s[s - 1].split(1, 1), maps_t[t - 1].split(1, 1), strict=True) for s, t in attention_pairs]
+        heads = [zip(wordwise.pool_maps(maps_s[s - 1], batch, batch).split(1, 1),
+                     wordwise.pool_maps(maps_t[t - 1], read, batch).split(1, 1), strict=True)
+                 for s, t in attention_pairs]
         divergence.append([[float(losses.attention_kl(a, b, mask)) for a, b in pair] for pair in heads])
         weights.append(int(mask.sum()))
     all_t, all_s = ([torch.cat(parts) for parts in zip(*kept, strict=True)] for kept in (kept_t, kept_s))

@@ -114,13 +114,6 @@ def read_text(path: Path, limit: int | None = None, seed: int = 0) -> Sentences:
     return Sentences(list(words), languages=languages)
 
 
-def typical_sentence(sentences: Sentences) -> list[str]:
-    """The words of the first sentence of 8 to 16 words with two entities, else of the first sentence."""
-    pairs = zip(sentences.words, sentences.tags, strict=True)
-    good = (words for words, tags in pairs if 8 <= len(words) <= 16 and "".join(tags).count("B-") > 1)
-    return next(good, sentences.words[0])
-
-
 def write_tagged(path: Path, sentences: Sentences, tags: list[list[str]]) -> None:
     """Write words, the given tags and the language, a line each (format of the labelled files)."""
     rows = zip(sentences.words, tags, sentences.languages, strict=True)
@@ -208,7 +201,8 @@ def windows(sizes: list[int], capacity: int) -> list[tuple[int, int, int, int]]:
 class Examples:
     """N windows of token ids, flat and ragged: window i is `input_ids[offsets[i]:offsets[i + 1]]`, of sentence
     `sentences[i]`. On the first sub-word of each owned word, `labels` holds the label's id and `words` the index of
-    the word in its sentence; elsewhere IGNORED and -1. Token types, where a tokenizer gives any, tell texts apart."""
+    the word in its sentence; elsewhere IGNORED and -1, but -2 on the sub-words that continue an owned word. Token
+    types, where a tokenizer gives any, tell texts apart. `teacher`: the same windows, by its own tokenizer."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -216,6 +210,7 @@ class Examples:
     offsets: np.ndarray
     sentences: np.ndarray
     token_type_ids: np.ndarray | None = None
+    teacher: "Examples | None" = None
 
     def __len__(self) -> int:
         return len(self.sentences)
@@ -226,14 +221,16 @@ class Examples:
         return np.diff(self.offsets)
 
 
-def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = (), n_jobs: int = 0) -> Examples:
-    """Token ids of sentences; longer ones become overlapping windows of at most `seq_len` sub-words. Very many are
-    shared out over `n_jobs` processes; default: one for every PER_PROCESS sentences, as far as there are cores."""
+def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = (), n_jobs: int = 0,
+           beside=None) -> Examples:
+    """Token ids of sentences; longer ones become overlapping windows of at most `seq_len` sub-words, of the tokenizer
+    `beside` as well. Very many are shared out over `n_jobs` processes; default: one for every PER_PROCESS sentences,
+    as far as there are cores."""
     n_jobs = n_jobs or min(os.cpu_count(), max(1, len(sentences) // PER_PROCESS))
     n_parts = max(n_jobs, -(-len(sentences) // PER_PART))
     cuts = [len(sentences) * i // n_parts for i in range(n_parts + 1)]
     rows = (Sentences(sentences.words[a:b], sentences.tags and sentences.tags[a:b]) for a, b in pairwise(cuts))
-    parts = Parallel(n_jobs)(delayed(_encode)(some, tokenizer, seq_len, labels) for some in rows)
+    parts = Parallel(n_jobs)(delayed(_encode)(some, tokenizer, seq_len, labels, beside) for some in rows)
     starts = offsets_of([len(part.input_ids) for part in parts])
     fields = [np.concatenate([getattr(part, name) for part in parts]) for name in ("input_ids", "labels", "words")]
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
@@ -241,17 +238,18 @@ def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = ()
     return Examples(*fields, np.concatenate([*offsets, starts[-1:]]), np.concatenate(owners))
 
 
-def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str]) -> Examples:
+def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str], beside) -> Examples:
     (before, after), tagged = special_tokens(tokenizer), labels and sentences.tags
-    capacity = seq_len - len(before) - len(after)
-    ids, starts, known = word_pieces(tokenizer, sentences.words)
+    cuts = [word_pieces(x, sentences.words) for x in (tokenizer, beside) if x]
+    capacity = seq_len - max(sum(map(len, special_tokens(x))) for x in (tokenizer, beside) if x)
+    (ids, starts, known), largest = cuts[0], np.max([np.diff(offsets)[word] for _, offsets, word in cuts], axis=0)
     sizes, ends = np.diff(starts)[known], offsets_of(list(map(len, sentences.words)))  # of words, of sentences
-    totals = np.diff(offsets_of(sizes)[ends])
+    totals = np.diff(offsets_of(largest)[ends])
     fits = (0 < totals) & (totals <= capacity)
     zero, length = np.zeros_like(totals), np.diff(ends)  # spans: (sentence, start, end, first, last) of each window
     spans = np.stack([np.arange(len(totals)), zero, length, zero, length], 1)[fits]
     cut = [(i, *span) for i in np.flatnonzero(~fits)
-           for span in windows(sizes[ends[i] : ends[i + 1]].tolist(), capacity)]
+           for span in windows(largest[ends[i] : ends[i + 1]].tolist(), capacity)]
     spans = np.concatenate([spans, np.asarray(cut, np.int64).reshape(-1, 5)])
     owner, start, end, first, last = spans[np.argsort(spans[:, 0], kind="stable")].T
 
@@ -266,6 +264,7 @@ def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str]) ->
     found[offsets[1:, None] - len(after) + np.arange(len(after))] = after
     owned = (first[window] <= word) & (word < last[window])
     words, tags = np.full(len(found), -1, np.int32), np.full(len(found), IGNORED, np.int16)
+    words[ragged(place[owned], counts[owned])] = -2
     words[place[owned]] = word[owned]
     if tagged:
         label_id = {label: i for i, label in enumerate(labels)}
@@ -276,7 +275,7 @@ def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str]) ->
 
 def collate(examples: Examples, indices, pad_id: int, width: int | None = None) -> dict[str, torch.Tensor]:
     """One batch: input_ids, attention_mask, labels, words and, if there are any, token_type_ids, each [B, S], S =
-    `width` or the longest; windows [B]."""
+    `width` or the longest; beside a teacher's own windows also compared [B, S], see `wordwise`; windows [B]."""
     lengths, indices = examples.lengths[indices], np.asarray(indices)
     column = np.arange(width or lengths.max())
     real = column < lengths[:, None]
@@ -287,7 +286,7 @@ def collate(examples: Examples, indices, pad_id: int, width: int | None = None) 
         field = np.full(real.shape, padding, np.int64)
         field[real] = getattr(examples, name)[places]
         batch[name] = torch.from_numpy(field)
-    return batch
+    return batch | ({"compared": (batch["words"] >= 0).long()} if examples.teacher else {})
 
 
 def split_transfer(n: int, chunk_size: int, holdout_ratio: float, seed: int):

@@ -41,7 +41,8 @@ def transfer(params: Params, run: Run, inputs: Inputs, load_teacher, spec: Targe
     cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
     held_out, chunks = data.split_transfer(len(examples), *cut.values())
     text = hashlib.sha256(examples.input_ids.tobytes() + examples.offsets.tobytes()).hexdigest()
-    key = fingerprint([run.stage("teacher").fingerprint, text, cut, params.opt_policy])
+    key = fingerprint([run.stage("teacher").fingerprint, text, cut, params.opt_policy,
+                       params.student_tokenizer])  # own: zeros but at first sub-words
     store = TargetStore(load_teacher, config, spec, examples, inputs.pad_id, accelerator,
                         folder=run.dir / "targets" / key, mode=params.targets_cache, n_passes=params.distil_epochs,
                         budget_bytes=params.targets_cache_gb * 1e9)

@@ -35,7 +35,7 @@ USES = {  # the parameters that each stage's result follows from
                 "teacher_epochs", "teacher_lr"),
     "student-init": ("seed", "student_init", "pt_student_checkpoint", "student_arch", "embedding_size", "hidden_size",
                      "num_hidden_layers", "num_attention_heads", "intermediate_size", "compress_word_embedding",
-                     "trim_vocab"),
+                     "trim_vocab", "student_tokenizer"),
     "hidden": (*RECIPE, *TRANSFER, *STUDENT, "distil_multi_hidden_states", "distil_attention", "layer_map",
                "layer_weights", "projection_gelu", "hidden_loss", "attention_loss", "relation_heads", "hidden_weight",
                "attention_weight", "distil_lr"),
@@ -137,11 +137,11 @@ def is_done(params: Params, run: Run, name: str) -> bool:
 
 
 class Inputs:
-    """Tokenizer of the teacher (the fine-tuned one as soon as there is one; trimmed as soon as the student is built),
-    labels in its order, and encoded files of a run, read when first used. Raises CheckpointError if a fine-tuned
-    teacher has another task or other labels."""
+    """Tokenizer of the teacher (the fine-tuned one as soon as there is one) or the student's own, trimmed as soon as
+    the student is built; labels in the teacher's order, and encoded files of a run, read when first used; `teacher`:
+    the same as it reads. Raises CheckpointError if a fine-tuned teacher has another task or other labels."""
 
-    def __init__(self, params: Params, run: Run):
+    def __init__(self, params: Params, run: Run, of_teacher: bool = False):
         self.params, self.run, self.read = params, run, functools.cache(self._encoded)
         source, parameter = teacher_source(params, run)
         self.by_word = params.unit == "word"
@@ -158,8 +158,12 @@ class Inputs:
                                              f"{sorted(self.labels)}; give a teacher of this task")
         if set(known.values()) == set(self.labels):  # a finished student's too, whose head goes on
             self.labels = [known[i] for i in range(len(known))]
-        self.kept, folder = None, run.stage("student-init").dir  # the teacher's ids of a trimmed tokenizer's pieces
-        if params.trim_vocab and is_done(params, run, "student-init"):
+        own = params.student_tokenizer == "own" and not of_teacher
+        self.kept, self.teacher = None, Inputs(params, run, of_teacher=True) if own else self
+        if own:
+            source, parameter = params.pt_student_checkpoint, "pt_student_checkpoint"
+        folder = run.stage("student-init").dir
+        if params.trim_vocab and not of_teacher and is_done(params, run, "student-init"):  # old ids of what was kept
             self.kept, source, parameter = read_json(folder / KEPT_IDS), folder, "model_dir"
         self.tokenizer = models.load_tokenizer(source, parameter)
         self.pad_id = self.tokenizer.pad_token_id
@@ -168,7 +172,7 @@ class Inputs:
         """Look at all that can be wrong before training: the student's vocabulary, weights in a TensorFlow file, the
         task's files. Raises CheckpointError or DataError."""
         p, (source, parameter) = self.params, teacher_source(self.params, self.run)
-        if p.distil and p.initialisation == "checkpoint":
+        if p.distil and p.initialisation == "checkpoint" and p.student_tokenizer == "teacher":
             students.other_vocabulary(p.pt_student_checkpoint, self.tokenizer, p.compress_word_embedding)
         if Path(source).suffix in tf_weights.SUFFIXES:
             models.load_classifier(source, self.labels, parameter, p.unit)
@@ -181,7 +185,7 @@ class Inputs:
         """The fine-tuned teacher in eval mode, on the vocabulary of the tokenizer."""
         source, _ = teacher_source(self.params, self.run)
         teacher = models.load_classifier(source, self.labels, "teacher_model_dir", self.params.unit).eval()
-        return vocab.trim_model(teacher, self.kept) if self.kept else teacher
+        return vocab.trim_model(teacher, self.kept) if self.kept and self.teacher is self else teacher
 
     def trim_vocab(self, student, stage: Stage, accelerator) -> dict:
         """Trim the tokenizer, and the student with it, to what train and transfer text need, and leave the ids kept in
@@ -198,7 +202,7 @@ class Inputs:
         share = vocab.share_cut_differently(full, self.tokenizer, self.kept, dev)
         stage.say(f"vocabulary: {len(self.kept):,} of {n_rows:,} pieces, {saved * 4 / 1e6:.1f} MB less; {share:.2%} "
                   "of the words of dev are cut differently")
-        scores, _ = self.score(self.load_teacher().to(accelerator.device), "dev", accelerator)
+        scores, _ = self.teacher.score(self.load_teacher().to(accelerator.device), "dev", accelerator)
         return {"parameters_saved": saved, "mb_saved": saved * 4 / 1e6, "dev_words_cut_differently": share,
                 "teacher_dev": scores}
 
@@ -239,8 +243,8 @@ class Inputs:
         if not kept.is_file():
             accelerator = open_accelerator(p.device, p.opt_policy, quiet=True)
             teacher = models.prepare_to_answer(self.load_teacher(), accelerator)
-            _, each = evaluate.predict(teacher, self.encode(found, "transfer"), found.words, self.labels, self.pad_id,
-                                       accelerator, entropy=True)
+            _, each = evaluate.predict(teacher, self.teacher.encode(found, "transfer"), found.words, self.labels,
+                                       self.teacher.pad_id, accelerator, entropy=True)
             save_json(kept, [float(np.mean(values)) for values in each])
         return np.array(read_json(kept))
 
@@ -260,8 +264,8 @@ class Inputs:
 
     def encode(self, sentences: data.Sentences, name: str = "text") -> data.Examples:
         """Windows of sentences; says how many texts or pairs were cut."""
-        unit, seq_len = self.params.unit, self.params.seq_len
-        examples, n_cut = texts.encode(sentences, unit, self.tokenizer, seq_len, self.labels)
+        unit, seq_len, other = self.params.unit, self.params.seq_len, self.teacher.tokenizer
+        examples, n_cut = texts.encode(sentences, unit, self.tokenizer, seq_len, self.labels, other)
         if n_cut:
             print(f"[data] {name}: {n_cut:,} of {len(sentences):,} {unit}s are longer than seq_len {seq_len} and cut",
                   flush=True)

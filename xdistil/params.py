@@ -92,6 +92,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         "auto", "where student weights come from; auto: the checkpoint if one is given, else scratch; teacher_pca: "
         "the teacher's layers, narrowed to hidden_size by principal components of its states")
     pt_student_checkpoint: str | None = _field(None, "student encoder: folder or hub name")
+    student_tokenizer: Literal["teacher", "own"] = _field(
+        "teacher", "whose tokenizer the student reads with; own: that of pt_student_checkpoint, compared by words")
     student_arch: Literal["transformer", "bilstm"] = _field("transformer", "kind of student, from scratch")
     embedding_size: int = _field(300, "width E of a bilstm's word embeddings", ge=8)
     hidden_size: int = _field(384, "student width H_s, from scratch or narrowed; of a bilstm: in each direction", ge=8)
@@ -159,6 +161,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         init, checkpoint, compress = self.initialisation, self.pt_student_checkpoint, self.compress_word_embedding
         fits = [heads for heads in range(1, 33) if self.hidden_size % heads == 0]
         freeze, copied, bilstm = self.freeze_word_embedding, init.startswith("teacher"), self.student_arch == "bilstm"
+        own = self.student_tokenizer == "own"
         for wrong, message in (
             (sorted(set(self.student_stages)) != sorted(self.student_stages) or not self.student_stages,
              f"student_stages: {self.student_stages} names a stage twice, or none; name one or more of hidden, "
@@ -180,13 +183,16 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "student_init and pt_student_checkpoint, or set student_arch: transformer"),
             (bilstm and self.distil_attention, "distil_attention: a bilstm has no attention maps; set "
              "distil_attention: false, or student_arch: transformer"),
+            (own and (init != "checkpoint" or compress or not (self.distil and self.do_NER)), "student_tokenizer: own "
+             "is for distillation into a checkpoint, as it is, word by word; set distil and do_NER: true, name "
+             "pt_student_checkpoint and leave compress_word_embedding out, or set student_tokenizer: teacher"),
             (self.projection_gelu and self.hidden_loss == "cka", "projection_gelu: hidden_loss cka projects nothing; "
              "set hidden_loss: mse, or projection_gelu: false"),
             (copied and compress, f"compress_word_embedding: student_init {init!r} takes the word embeddings with "
              "the layers; set compress_word_embedding: false"),
             (not self.distil and (compress or self.trim_vocab or not checkpoint), "distil: false fine-tunes "
              "pt_student_checkpoint as it is; name one, and set compress_word_embedding and trim_vocab: false"),
-            (freeze and self.distil and not (compress or copied), "freeze_word_embedding: nothing of the teacher is "
+            (freeze and self.distil > (compress or copied or own), "freeze_word_embedding: nothing of the teacher is "
              "in these word embeddings; set compress_word_embedding: true as well, or freeze_word_embedding: false"),
             (self.transfer_limit is None and (self.transfer_select, self.language_temperature) != ("random", 1),
              "transfer_limit: without it all text is used; set it, or transfer_select: random and "

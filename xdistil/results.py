@@ -20,13 +20,14 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     pair = {"teacher": inputs.load_teacher() if params.distil else load_student(run, "labels", inputs),
             "student": load_student(run, "evaluation", inputs)}
     pair = {name: models.prepare_to_answer(model, accelerator) for name, model in pair.items()}
-    (gold, test), metrics = inputs.read("test"), {}
+    (gold, _), metrics = inputs.read("test"), {}
     sizes = {"teacher": run.stage("student-init").metrics.get("teacher"), "student": models.size_of(pair["student"])}
-    for name, done in (("teacher", "teacher"), ("student", stage_before(params, "evaluation")))[not params.distil :]:
-        scores, tags = inputs.score(pair[name], "test", accelerator)
+    sides = ("teacher", "teacher", inputs.teacher), ("student", stage_before(params, "evaluation"), inputs)
+    for name, done, own in sides[not params.distil :]:
+        scores, tags = own.score(pair[name], "test", accelerator)
         metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **sizes[name],
                          "mb": sizes[name]["parameters"] * 4 / 1e6,
-                         **evaluate.measure_speed(pair[name], test, inputs.pad_id, accelerator)}
+                         **evaluate.measure_speed(pair[name], own.read("test")[1], own.pad_id, accelerator)}
     data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes last
     if params.distil:
         metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])

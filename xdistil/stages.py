@@ -6,7 +6,7 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import nn
 
-from xdistil import alarms, alignment, dropout, embeddings, losses, models, students
+from xdistil import alarms, alignment, dropout, embeddings, losses, models, students, wordwise
 from xdistil.devices import open_accelerator
 from xdistil.feeds import (
     from_frozen,
@@ -23,7 +23,7 @@ from xdistil.inputs import Inputs, teacher_dir, teacher_source
 from xdistil.params import Params
 from xdistil.results import evaluate_student, export_student  # noqa: F401  two more of the seven
 from xdistil.runs import Run, Stage
-from xdistil.staging import as_stage, fit_stage, load_student, save_student
+from xdistil.staging import as_stage, fit_stage, load_checkpoint, load_student, save_student
 from xdistil.targets import TargetSpec
 from xdistil.training import Feed, part
 from xdistil.unfreeze import layer_groups, unfreezing_steps, word_embedding
@@ -37,7 +37,7 @@ def _label_terms(model, batch):
 @as_stage
 def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     """1. Fine-tune the teacher on labels; or score the one in teacher_model_dir, which stays as it is."""
-    (source, parameter), inputs, summary = teacher_source(params, run), Inputs(params, run), {}
+    (source, parameter), inputs, summary = teacher_source(params, run), Inputs(params, run).teacher, {}
     teacher = models.load_classifier(source, inputs.labels, parameter, params.unit).to(accelerator.device)
     if parameter == "teacher_model_dir":
         stage.say(f"fine-tuning skipped: {source} holds a fine-tuned teacher")
@@ -62,7 +62,8 @@ def read_configs(params: Params, run: Run):
     relation = params.distil_attention and params.attention_loss == "relation"
     students.check_shapes(teacher, student, seq_len=params.seq_len, init=params.initialisation,
                           compress=params.compress_word_embedding, distil_attention=params.distil_attention and
-                          not relation, relation_heads=params.relation_heads if relation else None)
+                          not relation, relation_heads=params.relation_heads if relation else None,
+                          own_tokenizer=params.student_tokenizer == "own")
     layer_pairs(params, teacher, student)
     return teacher, student
 
@@ -77,15 +78,20 @@ def check(params: Params, run: Run) -> None:
 
 @as_stage
 def build_student(params: Params, run: Run, stage: Stage, accelerator):
-    """2. Build the student on the teacher's vocabulary; compress, map or copy its word embeddings; trim both."""
+    """2. Build the student on the teacher's vocabulary; compress, map or copy its word embeddings; trim both. Or take
+    a checkpoint with a tokenizer of its own."""
     inputs, (_, config) = Inputs(params, run), read_configs(params, run)
     teacher = inputs.load_teacher()
     def sample():  # before the vocabulary is trimmed
         examples = inputs.read("transfer")[1]
         return students.sample_batches(examples, np.arange(len(examples)), inputs.pad_id, accelerator)
 
-    student, origin = students.build_student(config, teacher, params.initialisation, params.pt_student_checkpoint,
-                                             inputs.labels, inputs.tokenizer, params.compress_word_embedding, sample)
+    if params.student_tokenizer == "own":
+        student, origin = load_checkpoint(params, inputs), "the student's own"
+    else:
+        student, origin = students.build_student(config, teacher, params.initialisation, params.pt_student_checkpoint,
+                                                 inputs.labels, inputs.tokenizer, params.compress_word_embedding,
+                                                 sample)
     _, spectrum = embeddings.compress(word_embedding(teacher), 1)
     trimmed = inputs.trim_vocab(student, stage, accelerator) if params.trim_vocab else {}
     models.save_model(student, inputs.tokenizer, stage.dir)
@@ -161,7 +167,7 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
 
     def terms(model, batch):
         logits = run_upper(model, batch)
-        mask = batch["attention_mask"][:, : logits.shape[1]]
+        mask = wordwise.compared(batch)[:, : logits.shape[1]]
         values = {"logits": loss[params.logit_loss](logits, batch["teacher_logits"], mask)}
         return values | (_label_terms(model, part(batch, "labelled_")) if params.hard_label_weight else {})
 

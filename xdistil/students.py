@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
-from xdistil import data, embeddings, families, losses, models, narrow
+from xdistil import data, embeddings, families, losses, models, narrow, wordwise
 from xdistil.bilstm import BiLstmConfig
 from xdistil.grouping import batches, grid, shapes_for
 from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
@@ -66,11 +66,11 @@ def _narrower(t, hidden_size: int, num_attention_heads: int, intermediate_size: 
 
 
 def check_shapes(t, s, *, seq_len: int, init: str, compress: bool, distil_attention: bool,
-                 relation_heads: int | None = None) -> None:
+                 relation_heads: int | None = None, own_tokenizer: bool = False) -> None:
     """Raise CheckpointError naming parameter and remedies if teacher and student config cannot work together;
     `distil_attention`: by maps, head by head; `relation_heads`: by relations of so many heads."""
     pad_id = t.eos_token_id if t.pad_token_id is None else t.pad_token_id  # as `load_tokenizer` chooses it
-    room_t, room_s = families.n_positions(t), families.n_positions(s, pad_id)
+    room_t, room_s = families.n_positions(t), families.n_positions(s, None if own_tokenizer else pad_id)
     width = getattr(t, "embedding_size", t.hidden_size)
     fits = [n for n in range(1, s.hidden_size + 1) if s.hidden_size % n == t.hidden_size % n == 0]
     heads = [n for n in range(1, t.num_attention_heads + 1) if s.hidden_size % n == 0 and
@@ -135,7 +135,8 @@ def other_vocabulary(checkpoint: str, tokenizer, compress: bool):
         return None
     if not compress:
         raise models.CheckpointError(f"pt_student_checkpoint: {checkpoint!r} has another vocabulary than the teacher "
-                                     f"({len(other)}, {len(tokenizer)} pieces); set compress_word_embedding: true")
+                                     f"({len(other)}, {len(tokenizer)} pieces); set compress_word_embedding: true, "
+                                     "or student_tokenizer: own")
     return other
 
 
@@ -220,13 +221,15 @@ def sample_batches(examples: data.Examples, windows: np.ndarray, pad_id: int, ac
 def fit_projection(student, teacher, examples: data.Examples, windows: np.ndarray, pad_id: int, accelerator,
                    n_windows: int = 1024) -> nn.Linear:
     """The map P x + b of the student's last hidden states to the teacher's, for losses that train none: by ridge
-    regression over the real tokens of evenly spread windows, [P b]' = (X'X + r I)^-1 X'Y, where X has a column of ones
-    that r spares and r is 1e-4 of the mean diagonal of X'X. Both models in eval mode."""
+    regression over the tokens compared in evenly spread windows, [P b]' = (X'X + r I)^-1 X'Y, where X has a column of
+    ones that r spares and r is 1e-4 of the mean diagonal of X'X. Both models in eval mode."""
     gram = moment = 0.0
     for batch in sample_batches(examples, windows, pad_id, accelerator, n_windows):
         with accelerator.autocast():
-            x, y = (models.run_model(model, batch, True)[1][-1] for model in (student, teacher))
-        x, y = (states[batch["attention_mask"] > 0].cpu().double() for states in (x, y))
+            read = wordwise.as_teacher_reads(examples, batch, teacher, shapes_for(accelerator))
+            x, y = (models.run_model(*pair, True)[1][-1] for pair in ((student, batch), (teacher, read)))
+        y, real = wordwise.move_states(y, read, batch), wordwise.compared(batch) > 0
+        x, y = (states[real].cpu().double() for states in (x, y))
         x = F.pad(x, (0, 1), value=1.0)
         gram, moment = gram + x.T @ x, moment + x.T @ y
     gram.diagonal()[:-1].add_(1e-4 * gram.diagonal()[:-1].mean())
@@ -264,7 +267,7 @@ def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss
     layers, relation = [s for s, _ in attention_pairs], attention_loss == "relation"
 
     def terms(modules, batch):
-        mask, projections, values = batch["attention_mask"], modules["projections"], {}
+        mask, projections, values = wordwise.compared(batch), modules["projections"], {}
         with models.keep_qkv(modules["student"], layers if relation else ()) as qkv:
             _, states, maps = models.run_model(modules["student"], batch, bool(hidden_pairs),
                                                bool(layers) and not relation)
@@ -273,7 +276,7 @@ def distil_terms(hidden_pairs, attention_pairs, hidden_loss: str, attention_loss
             values[f"hidden_{s}"] = hidden_fn(state, batch["teacher_hidden"][:, :, i], mask)
         for i, s in enumerate(layers):
             pair = ((qkv[s], batch["teacher_qkv"][:, :, i]) if relation else
-                    (maps[s - 1], batch["teacher_attention"][:, i]))
+                    (wordwise.pool_maps(maps[s - 1], batch, batch), batch["teacher_attention"][:, i]))
             values[f"attention_{s}"] = attention_fn(*pair, mask)
         return values
 

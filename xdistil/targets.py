@@ -19,6 +19,7 @@ from xdistil.data import Examples, collate
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.grouping import batches, grid, shapes_for
 from xdistil.models import keep_qkv, model_inputs, run_model, unit_of
+from xdistil.wordwise import as_teacher_reads, move_states, pool_maps
 
 # bfloat16 has the range of float32: no outlying dimension overflows
 DTYPES = dict.fromkeys(("hidden", "attention", "qkv"), torch.bfloat16) | {"logits": torch.float32}
@@ -138,18 +139,22 @@ class TargetStore:
         self.undecided = mode == "auto" and self.keep_all and verdict is None
 
     def ask(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The teacher's outputs for a batch of `collate`, rounded as they are stored, on the accelerator."""
+        """The teacher's outputs for a batch of `collate`, at the student's positions, rounded as they are stored, on
+        the accelerator."""
         teacher, spec, self.asked = self.load_teacher(), self.spec, self.asked + len(batch["input_ids"])
-        inputs = model_inputs(teacher, batch, self.accelerator.device)
+        read = as_teacher_reads(self.examples, batch, teacher, self.kind)
+        inputs = model_inputs(teacher, read, self.accelerator.device)
         with torch.inference_mode(), self.accelerator.autocast(), keep_qkv(teacher, spec.qkv) as qkv:
             logits, states, maps = run_model(teacher, inputs, bool(spec.hidden), bool(spec.attention))
         found = {"logits": logits.float()}
         if spec.hidden:
             found["hidden"] = torch.stack([states[i].to(DTYPES["hidden"]) for i in spec.hidden], dim=2)
-        if spec.attention:
-            found["attention"] = torch.stack([maps[i - 1].to(DTYPES["attention"]) for i in spec.attention], dim=1)
         if spec.qkv:
             found["qkv"] = torch.stack([qkv[i].to(DTYPES["qkv"]) for i in spec.qkv], dim=2)
+        found = {kind: move_states(values, read, batch) for kind, values in found.items()}
+        if spec.attention:
+            pooled = [pool_maps(maps[i - 1], read, batch).to(DTYPES["attention"]) for i in spec.attention]
+            found["attention"] = torch.stack(pooled, dim=1)
         return found
 
     def _open(self, name: str, windows: np.ndarray) -> Targets:

@@ -2,6 +2,8 @@
 `text<TAB>text<TAB>label[<TAB>language]`; a transfer line is a text or a pair `[<TAB>language]`. In
 `data.Sentences` a text is one word, a pair one word with the tab inside: what works on words and tags works here."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from xdistil import data
@@ -57,12 +59,15 @@ def read_texts(path, unit: str, classes=(), limit: int | None = None, seed: int 
     return Sentences(words, tags, languages) if classes else Sentences(words, None, [one for (one,) in tags])
 
 
-def encode(sentences: Sentences, unit: str, tokenizer, seq_len: int, labels=()) -> tuple[Examples, int]:
-    """Windows, and how many texts or pairs were cut. Words: `data.encode`. Else a window for each text or pair, with
-    special tokens and token types as the tokenizer gives them, cut to `seq_len` sub-words, of a pair the longer text
-    first; its label, and word 0, stand on its first token."""
+def encode(sentences: Sentences, unit: str, tokenizer, seq_len: int, labels=(), teachers=None) -> tuple[Examples, int]:
+    """Windows, and how many texts or pairs were cut. Words: `data.encode`, with the windows of the teacher's
+    own tokenizer. Else a window for each text or pair, with special tokens and token types as the tokenizer gives them, cut
+    to `seq_len` sub-words, of a pair the longer text first; its label, and word 0, stand on its first token."""
     if unit == "word":
-        return data.encode(sentences, tokenizer, seq_len, labels), 0
+        if teachers in (None, tokenizer):
+            return data.encode(sentences, tokenizer, seq_len, labels), 0
+        theirs = data.encode(sentences, teachers, seq_len, labels, beside=tokenizer)
+        return replace(data.encode(sentences, tokenizer, seq_len, labels, beside=teachers), teacher=theirs), 0
     owners, sizes, fields, n_cut = [i for i, words in enumerate(sentences.words) if words], [], {}, 0
     for start in range(0, len(owners), 2000):
         texts = zip(*(sentences.words[i][0].split("\t") for i in owners[start : start + 2000]), strict=True)

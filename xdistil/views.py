@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xdistil import data, evaluate, models, stages, students
+from xdistil import data, evaluate, models, stages, students, wordwise
 from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs
 from xdistil.params import Params, Table
@@ -35,7 +35,8 @@ def needs(params: Params, run: Run) -> Table:
     teacher, student = stages.read_configs(params, run)
     *_, spec = layer_pairs(params, teacher, student)
     outputs = spec.n_bytes(Inputs(params, run).read("transfer")[1].lengths, teacher) / 1e9
-    student.vocab_size = teacher.vocab_size
+    if params.student_tokenizer == "teacher":
+        student.vocab_size = teacher.vocab_size
     with torch.device("meta"):
         large, small = (models.from_config(c, params.unit).num_parameters() * 4 / 1e9 for c in (teacher, student))
     rows = {"memory: teacher weights": large, "memory: fine-tuning the teacher, without activations": 4 * large,
@@ -104,15 +105,24 @@ def results(run: Run) -> Table:
                   for title, x in teacher.items()])
 
 
+def typical_sentence(sentences: data.Sentences) -> list[str]:
+    """The words of the first sentence of 8 to 16 words with two entities, else of the first sentence."""
+    pairs = zip(sentences.words, sentences.tags, strict=True)
+    good = (words for words, tags in pairs if 8 <= len(words) <= 16 and "".join(tags).count("B-") > 1)
+    return next(good, sentences.words[0])
+
+
 def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
     """Attention in the top layers of the teacher and of a stage's student (on the CPU): tokens [S], teacher [A_t, S,
     S], student [A_s, S, S], NaN if it is a BiLSTM. `text`: one sentence, words separated by spaces, a text, or a pair
-    with a tab between; default: a dev sentence with entities, or the first text."""
+    with a tab between; default: a dev sentence with entities, or the first text. With two tokenizers: between words,
+    by their first sub-words in the student's."""
     inputs = Inputs(params, run)
-    given = (text.split() if inputs.by_word else [text]) if text else data.typical_sentence(inputs.read("dev")[0])
+    given = (text.split() if inputs.by_word else [text]) if text else typical_sentence(inputs.read("dev")[0])
     examples = inputs.encode(data.Sentences([given]))
     batch = data.collate(examples, [0], inputs.pad_id)
-    found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())}
+    shown = wordwise.compared(batch)[0] > 0
+    found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0, shown].tolist())}
     student = models.load_classifier(run.stage(stage).dir, inputs.labels, "model_dir", params.unit).eval()
     for name, model in (("teacher", inputs.load_teacher()), ("student", student)):
         if students.is_bilstm(model.config):
@@ -120,7 +130,9 @@ def attention_example(params: Params, run: Run, stage: str = "hidden", text: str
             continue
         models.return_maps(model)
         with torch.inference_mode():
-            found[name] = models.run_model(model, batch, False, True)[2][-1][0].numpy()
+            read = wordwise.as_teacher_reads(examples, batch, model) if name == "teacher" else batch
+            maps = wordwise.pool_maps(models.run_model(model, read, False, True)[2][-1], read, batch)
+            found[name] = maps[0][:, shown][..., shown].numpy()
     return found
 
 
