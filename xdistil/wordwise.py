@@ -18,7 +18,7 @@ def compared(batch: dict) -> torch.Tensor:
 def as_teacher_reads(examples: Examples, batch: dict, teacher, shapes: str = "exact") -> dict:
     """The windows of a batch of `data.collate` as the teacher reads them, on the batch's device; the batch itself with
     one tokenizer. `shapes`: see `grouping.grid`."""
-    if examples.teacher is None:
+    if "compared" not in batch:
         return batch
     rows, (widths, _) = batch["windows"].cpu().numpy(), grid(examples.teacher.lengths, 32, shapes)
     width = int(widths[np.searchsorted(widths, examples.teacher.lengths[rows].max())])
