@@ -60,9 +60,9 @@ def read_texts(path, unit: str, classes=(), limit: int | None = None, seed: int 
 
 
 def encode(sentences: Sentences, unit: str, tokenizer, seq_len: int, labels=(), teachers=None) -> tuple[Examples, int]:
-    """Windows, and how many texts or pairs were cut. Words: `data.encode`, with the windows of the teacher's
-    own tokenizer. Else a window for each text or pair, with special tokens and token types as the tokenizer gives them, cut
-    to `seq_len` sub-words, of a pair the longer text first; its label, and word 0, stand on its first token."""
+    """Windows, and how many texts or pairs were cut. Words: `data.encode`, with the windows of the teacher's own
+    tokenizer. Else a window for each text or pair, with special tokens and token types as the tokenizer gives them,
+    cut to `seq_len` sub-words, of a pair the longer text first; its label, and word 0, stand on its first token."""
     if unit == "word":
         if teachers in (None, tokenizer):
             return data.encode(sentences, tokenizer, seq_len, labels), 0
