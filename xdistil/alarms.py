@@ -4,18 +4,19 @@ from statistics import fmean
 
 import numpy as np
 
-VARIETY = 0.1  # of the teacher's: with less spread or rank, the student's states have collapsed
-GAIN = 0.1  # of the answers that a constant one misses: so many more are to be the teacher's
+VARIETY = 0.1  # of the teacher's: with less spread, or rank above 1, the student's states have collapsed
+GAIN = 0.02  # of the answers that a constant one misses: so many more are to be the teacher's
 RISE, ALIKE = 0.01, 0.9  # of CKA: what stage 1 is to bring at a pair, or where it may end without
-FALL = 0.01  # of F1, or of a score as a share of it: what is more than noise
+FALL = 0.01  # of F1 (0..1), or of a loss as a share of it: what is more than noise
 
 
 def collapse(found: dict, folded: bool = True) -> list[str]:
     """Of `alignment.measure_alignment`: top states that hardly differ; unless the head is new, answers that are the
     teacher's hardly more often than one answer for all would be."""
     texts = [f"collapse: {name} of the student's top states is {s:.3g}, of the teacher's {t:.3g} (alarm below "
-             f"{VARIETY:.0%} of it); lower the learning rate, or set student_init: teacher_layers"
-             for name in ("spread", "rank") for s, t in [found[name]] if s < VARIETY * t]
+             f"{due:.3g}); lower the learning rate, or set student_init: teacher_layers"
+             for name, least in (("spread", 0), ("rank", 1)) for s, t in [found[name]]
+             if s < (due := least + VARIETY * (t - least))]
     share, constant, n = found["agreement"], found["constant"], found["words"]
     if folded and share < (due := constant + GAIN * (1 - constant)) and n * (1 - constant) >= 20:
         texts.append(f"collapse: {share:.1%} of {n:,} answers on dev are the teacher's, one answer for all would be "
