@@ -179,7 +179,7 @@ class Inputs:
         for name in ("train", "dev", "test", *["transfer"] * p.distil):
             self.sentences(name)
         for text in (text for name in ("dev", "test") for text in self.leaks(name)):
-            print(f"[alarm] {text}", flush=True)
+            print(f"[alarm] {text}\n", flush=True)
 
     def load_teacher(self):
         """The fine-tuned teacher in eval mode, on the vocabulary of the tokenizer."""
