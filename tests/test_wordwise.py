@@ -270,17 +270,16 @@ def test_a_trimmed_vocabulary_of_its_own_and_relations(own, student, smoke, tmp_
     assert torch.equal(*tables)
 
 
-@pytest.mark.parametrize("values, message", [
-    ({}, "^student_tokenizer: own .*name pt_student_checkpoint .*student_tokenizer: teacher"),
-    ({"student_init": "teacher_layers"}, "^student_tokenizer: own .*name pt_student_checkpoint"),
-    ({"pt_student_checkpoint": "x", "distil": False}, "^student_tokenizer: own .*distil: true"),
-    ({"pt_student_checkpoint": "x", "do_NER": False, "task": "x"}, "^student_tokenizer: .*set do_NER: true"),
-    ({"pt_student_checkpoint": "x", "compress_word_embedding": True},
-     "^compress_word_embedding: .*set compress_word_embedding: false, or student_tokenizer: teacher"),
-    ({"student_tokenizer": "mine"}, "^student_tokenizer: found 'mine'")])
-def test_what_does_not_go_together_is_refused(values, message):
-    with pytest.raises(ParamsError, match=message):
+@pytest.mark.parametrize("values", [
+    {}, {"student_init": "teacher_layers"}, {"pt_student_checkpoint": "x", "distil": False},
+    {"pt_student_checkpoint": "x", "do_NER": False, "task": "x"},
+    {"pt_student_checkpoint": "x", "compress_word_embedding": True}])
+def test_what_does_not_go_together_is_refused(values):
+    with pytest.raises(ParamsError, match="^student_tokenizer: own .* set distil and do_NER: true, name "
+                       "pt_student_checkpoint .*compress_word_embedding out, or set student_tokenizer: teacher"):
         load_params({"student_tokenizer": "own"} | values)
+    with pytest.raises(ParamsError, match="^student_tokenizer: found 'mine'"):
+        load_params({"student_tokenizer": "mine"})
     load_params({"student_tokenizer": "own", "pt_student_checkpoint": "x", "freeze_word_embedding": True})
 
 

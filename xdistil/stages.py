@@ -23,7 +23,7 @@ from xdistil.inputs import Inputs, teacher_dir, teacher_source
 from xdistil.params import Params
 from xdistil.results import evaluate_student, export_student  # noqa: F401  two more of the seven
 from xdistil.runs import Run, Stage
-from xdistil.staging import as_stage, fit_stage, load_checkpoint, load_student, save_student
+from xdistil.staging import as_stage, fit_stage, load_student, save_student
 from xdistil.targets import TargetSpec
 from xdistil.training import Feed, part
 from xdistil.unfreeze import layer_groups, unfreezing_steps, word_embedding
@@ -87,7 +87,8 @@ def build_student(params: Params, run: Run, stage: Stage, accelerator):
         return students.sample_batches(examples, np.arange(len(examples)), inputs.pad_id, accelerator)
 
     if params.student_tokenizer == "own":
-        student, origin = load_checkpoint(params, inputs), "the student's own"
+        student, origin = models.load_classifier(params.pt_student_checkpoint, inputs.labels, "pt_student_checkpoint",
+                                                 params.unit), "the student's own"
     else:
         student, origin = students.build_student(config, teacher, params.initialisation, params.pt_student_checkpoint,
                                                  inputs.labels, inputs.tokenizer, params.compress_word_embedding,
