@@ -17,7 +17,7 @@ LEVELS = [  # a module may import those of lower levels only
      "card", "alarms"},
     {"dropout"}, {"runs", "devices", "data", "demo_data", "models"}, {"narrow", "wordwise"},
     {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report"},
-    {"inputs", "predict", "frozen"}, {"feeds", "staging"}, {"results"}, {"stages"}, {"views"}, {"cli"},
+    {"ensemble"}, {"inputs", "predict", "frozen"}, {"feeds", "staging"}, {"results"}, {"stages"}, {"views"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
 HOLD_PARAMS = {"params", "runs", "inputs", "feeds", "staging", "results", "stages", "views", "cli"}

@@ -125,3 +125,10 @@ def test_in_bfloat16_a_model_meets_few_shapes_and_every_window(examples):
         assert set(np.concatenate([rows for rows, _ in found])) == set(range(n))
         shapes |= {(len(rows), width) for rows, width in found}
     assert len(shapes) <= len({width for _, width in shapes})  # one number of rows for each width
+
+
+def test_agreement_by_hand():
+    said = [[["O", "B-PER"], ["O"], ["B-LOC"]], [["O", "B-ORG"], ["O"], ["O"]], [["O", "B-ORG"], ["O"], ["B-LOC"]]]
+    divided, pairs = evaluate.agreement(said)
+    assert divided == 2 / 4 and pairs == pytest.approx((2 / 4 + 3 / 4 + 3 / 4) / 3)
+    assert evaluate.agreement(said[:1] * 2) == (0.0, 1.0)

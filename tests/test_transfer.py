@@ -34,12 +34,15 @@ def transfer_of(folder, **overrides):
 
 
 @pytest.mark.parametrize("limit, temperature, counts", [
-    (100, 1, [60, 30, 9, 1]), (1000, 1, [600, 300, 90, 10]), (1000, 3, [600, 300, 90, 10]),
+    (100, 1.00001, [60, 30, 9, 1]), (1000, 1, [600, 300, 90, 10]), (1000, 3, [600, 300, 90, 10]),
     (40, 1e9, [10, 10, 10, 10]), (100, 1e9, [30, 30, 30, 10]),  # the smallest gives all, the others share the rest
     (400, 1e9, [150, 150, 90, 10]), (76, 2, [34, 24, 13, 4]), (100, 0.5, [79, 20, 2, 0])])
 def test_languages_give_their_part(limit, temperature, counts):
-    found = transfer.language_counts(SIZES, limit, temperature)
-    assert found.sum() == limit and (found <= SIZES).all() and np.abs(found - counts).max() <= 1
+    languages = np.repeat(["d", "a", "c", "b"], SIZES)
+    rows = transfer.select(np.random.default_rng(0).permutation(1000), languages, limit, temperature)
+    found = np.array([(languages[rows] == name).sum() for name in "dacb"])
+    assert sorted(set(rows)) == rows.tolist() and len(rows) == limit
+    assert (found <= SIZES).all() and np.abs(found - counts).max() <= 1
 
 
 def test_each_language_gives_its_first_of_the_order():
@@ -47,7 +50,7 @@ def test_each_language_gives_its_first_of_the_order():
     assert transfer.select(order, languages, 4, 1).tolist() == [0, 1, 3, 5]
     assert transfer.select(order, languages, 4, 1e9).tolist() == [0, 3, 4, 5]
     assert transfer.select(order, languages, 9, 2).tolist() == [0, 1, 2, 3, 4, 5]
-    for wrong in ([], [""] * 6, ["a", "a", "a", "a", "b", ""]):
+    for wrong in ([""] * 6, ["a", "a", "a", "a", "b", ""]):
         with pytest.raises(DataError, match="language_temperature: 2 .*text<TAB>language; .*language_temperature: 1"):
             transfer.select(order, wrong, 4, 2)
 
@@ -94,6 +97,10 @@ def test_what_the_teacher_is_unsure_of_is_chosen_and_it_is_asked_once(half_done,
     assert transfer_of(half_done, transfer_select="uncertain", transfer_limit=20) == some
     assert len(transfer_of(half_done, transfer_select="uncertain", transfer_limit=30)) == 30
     assert asked == [len(every)]  # another limit asks nothing either
+    (other := half_done / "other.tsv").write_text("one\ntwo words\nthree more words\n")
+    assert transfer_of(half_done, transfer_select="uncertain", transfer_limit=2, transfer_file=str(other)) == [
+        ["one"], ["two", "words"]]
+    assert asked == [len(every), 3]
 
 
 def test_before_there_is_a_teacher_a_random_subset_stands_in(tmp_path):
@@ -101,13 +108,11 @@ def test_before_there_is_a_teacher_a_random_subset_stands_in(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_most_uncertain_of_the_real_teacher_are_distilled(half_done):
+def test_the_most_uncertain_of_the_real_teacher_are_distilled(half_done, accelerator):
     params = smoke_params(half_done, transfer_select="uncertain", transfer_limit=20, distil_epochs=1)
     run = run_stages(params, "hidden", "logits")
     inputs = Inputs(params, run)
     text, labels = data.read_text(TOY / "transfer.tsv"), inputs.labels
-    from xdistil.devices import open_accelerator
-    accelerator = open_accelerator("cpu", "float32", quiet=True)
     _, each = evaluate.predict(inputs.load_teacher(), inputs.encode(text), text.words, labels, inputs.pad_id,
                                accelerator, entropy=True)
     means = list(map(np.mean, each))

@@ -91,6 +91,14 @@ def score_classes(gold: data.Sentences, predicted: list[list[str]]) -> dict:
             "by_class": dict(zip(classes.tolist(), by_class, strict=True)), "sentences": len(gold)}
 
 
+def agreement(tags: list[list[list[str]]]) -> tuple[float, float]:
+    """Of several predictions for the same sentences, shares of words (0..1): on which not all are one, and on which
+    two are one, in the mean over pairs of predictions."""
+    words = np.array([list(itertools.chain.from_iterable(one)) for one in tags])
+    pairs = [(a == b).mean() for a, b in itertools.combinations(words, 2)]
+    return float((words != words[0]).any(0).mean()), float(np.mean(pairs))
+
+
 def retention(student: dict, teacher: dict) -> dict:
     """Student scores as a share of the teacher's: those of MEANS that there are, F1 per language; None where the
     teacher has 0."""

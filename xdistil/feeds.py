@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from xdistil import data, models, students
+from xdistil.ensemble import hash_weights
 from xdistil.frozen import FrozenStates
 from xdistil.inputs import Inputs, teacher_dir
 from xdistil.params import Params, ParamsError, fingerprint
@@ -41,11 +42,11 @@ def transfer(params: Params, run: Run, inputs: Inputs, load_teacher, spec: Targe
     cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
     held_out, chunks = data.split_transfer(len(examples), *cut.values())
     text = hashlib.sha256(examples.input_ids.tobytes() + examples.offsets.tobytes()).hexdigest()
-    key = fingerprint([run.stage("teacher").fingerprint, text, cut, params.opt_policy,
-                       params.student_tokenizer])  # own: zeros but at first sub-words
-    store = TargetStore(load_teacher, config, spec, examples, inputs.pad_id, accelerator,
-                        folder=run.dir / "targets" / key, mode=params.targets_cache, n_passes=params.distil_epochs,
-                        budget_bytes=params.targets_cache_gb * 1e9)
+    key = fingerprint([run.stage("teacher").fingerprint, hash_weights(params.more_teachers), text, cut,
+                       params.opt_policy, params.student_tokenizer])  # own: zeros but at first sub-words
+    store = TargetStore(lambda: inputs.with_others(load_teacher(), accelerator), config, spec, examples, inputs.pad_id,
+                        accelerator, folder=run.dir / "targets" / key, mode=params.targets_cache,
+                        n_passes=params.distil_epochs, budget_bytes=params.targets_cache_gb * 1e9)
     return store, chunks, held_out
 
 

@@ -1,7 +1,6 @@
 """What a stage reads: the task's files, what its result depends on, tokenizer, labels, encoded sentences."""
 
 import functools
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from xdistil import (
     alarms,
     data,
     demo_data,
+    ensemble,
     evaluate,
     grouping,
     models,
@@ -17,7 +17,6 @@ from xdistil import (
     texts,
     tf_weights,
     transfer,
-    unfreeze,
     vocab,
 )
 from xdistil.devices import open_accelerator
@@ -125,6 +124,8 @@ def depends(params: Params, run: Run, name: str) -> dict:
         values, files = values | unit | {"student": weights or params.pt_student_checkpoint}, (*files, "labels")
     if "transfer" in files and (params.transfer_train or params.augment_mentions):
         values, files = values | params.pick("train_limit"), (*files, "train")
+    if "transfer" in files and params.more_teachers and (name == "logits" or params.transfer_select == "uncertain"):
+        values |= {"more_teachers": ensemble.hash_weights(params.more_teachers)}
     values |= {f"{file} file": hash_input(task_file(params, run, file)) for file in files}
     before = stage_before(params, name)
     return values | ({f"stage {before}": run.stage(before).fingerprint} if before else {})
@@ -147,15 +148,9 @@ class Inputs:
         self.by_word = params.unit == "word"
         self.listed = self.labels = (data.read_labels if self.by_word else texts.read_classes)(
             task_file(params, run, "labels"))
-        config = models.load_config(source, parameter)
-        known = config.id2label
+        known = (config := models.load_config(source, parameter)).id2label
         if parameter == "teacher_model_dir":
-            if config.architectures and (models.unit_of(config) == "word") != self.by_word:
-                raise models.CheckpointError(f"{parameter}: {source} is a {config.architectures}, but do_NER is "
-                                             f"{params.do_NER}; give a teacher of this task, or change do_NER")
-            if set(known.values()) != set(self.labels):
-                raise models.CheckpointError(f"{parameter}: {source} has labels {sorted(known.values())}, labels.tsv "
-                                             f"{sorted(self.labels)}; give a teacher of this task")
+            models.check_task(config, source, parameter, self.labels, params.unit)
         if set(known.values()) == set(self.labels):  # a finished student's too, whose head goes on
             self.labels = [known[i] for i in range(len(known))]
         own = params.student_tokenizer == "own" and not of_teacher
@@ -174,6 +169,7 @@ class Inputs:
         p, (source, parameter) = self.params, teacher_source(self.params, self.run)
         if p.distil and p.initialisation == "checkpoint" and p.student_tokenizer == "teacher":
             students.other_vocabulary(p.pt_student_checkpoint, self.tokenizer, p.compress_word_embedding)
+        list(ensemble.load_members(p.more_teachers, (source, parameter), self.labels, p.unit))
         if Path(source).suffix in tf_weights.SUFFIXES:
             models.load_classifier(source, self.labels, parameter, p.unit)
         for name in ("train", "dev", "test", *["transfer"] * p.distil):
@@ -187,11 +183,18 @@ class Inputs:
         teacher = models.load_classifier(source, self.labels, "teacher_model_dir", self.params.unit).eval()
         return vocab.trim_model(teacher, self.kept) if self.kept and self.teacher is self else teacher
 
+    def with_others(self, teacher, accelerator, exact: bool = False):
+        """The teacher or, with `more_teachers`, it and these, ready to answer, as one, see `ensemble.Ensemble`."""
+        p, kept = self.params, self.kept if self.teacher is self else None
+        others = ensemble.load_members(p.more_teachers, teacher_source(p, self.run), self.labels, p.unit, kept)
+        others = [models.prepare_to_answer(x, accelerator, exact) for x in others]
+        return ensemble.Ensemble([teacher, *others], self.labels) if others else teacher
+
     def trim_vocab(self, student, stage: Stage, accelerator) -> dict:
         """Trim the tokenizer, and the student with it, to what train and transfer text need, and leave the ids kept in
         the stage's folder. Returns what that saves, the share (0..1) of the words of dev that are cut differently, and
         the teacher's scores on dev as it reads it now."""
-        full, (n_rows, width) = self.tokenizer, unfreeze.word_embedding(student).shape
+        full, (n_rows, width) = self.tokenizer, student.get_input_embeddings().weight.shape
         used = np.unique(np.concatenate([self.read(name)[1].input_ids for name in ("train", "transfer")]))
         self.tokenizer, self.kept = vocab.trim_tokenizer(full, used.tolist())
         self.pad_id = self.tokenizer.pad_token_id
@@ -219,30 +222,26 @@ class Inputs:
         """The transfer set: what is selected of its text, then train.tsv, then sentences with other mentions."""
         p, plain = self.params, (self.params.transfer_select, self.params.language_temperature) == ("random", 1)
         read = data.read_text if self.by_word else functools.partial(texts.read_texts, unit=p.unit)
-        words = (found := read(path, limit=p.transfer_limit if plain else None, seed=p.seed)).words
+        words = (text := read(path, limit=p.transfer_limit if plain else None, seed=p.seed)).words
         if not plain:
-            order = np.random.default_rng(p.seed).permutation(len(found))  # also while no teacher can be asked
+            rank = np.random.default_rng(p.seed).permutation(len(text))  # also while no teacher can be asked
             if p.transfer_select == "uncertain" and is_done(p, self.run, "teacher"):
-                order = np.argsort(-self._uncertainty(path, found), kind="stable")
-            rows = transfer.select(order, found.languages, p.transfer_limit, p.language_temperature)
-            words = [words[i] for i in rows]
-        if p.transfer_train:  # each sentence once
-            words = list(map(list, dict.fromkeys(map(tuple, words + self.sentences("train").words))))
-        if p.augment_mentions:
-            train, *others = (self.sentences(name) for name in ("train", "dev"))
-            known, n = itertools.chain(words, *(x.words for x in (train, *others))), p.augment_mentions * len(words)
-            words = words + transfer.replace_mentions(train, round(n), known, p.seed).words
+                rank = np.argsort(-self._uncertainty(path, text), kind="stable")
+            words = [words[i] for i in transfer.select(rank, text.languages, p.transfer_limit, p.language_temperature)]
+        if p.transfer_train or p.augment_mentions:
+            train, dev = self.sentences("train"), self.sentences("dev").words
+            words = transfer.enlarge(words, train, dev, p.transfer_train, p.augment_mentions, p.seed)
         return data.Sentences(words)
 
     def _uncertainty(self, path: Path, found: data.Sentences) -> np.ndarray:
-        """Mean entropy of the teacher's labels over the words of each sentence of the transfer text [N]; the teacher
-        is asked once, and what it says kept beside the targets."""
+        """Mean entropy [N] of the teacher's labels of each sentence's words; it is asked once, the answer is kept."""
         p = self.params
-        key = fingerprint([self.run.stage("teacher").fingerprint, hash_input(path), p.pick("seq_len", "opt_policy")])
+        key = fingerprint([self.run.stage("teacher").fingerprint, ensemble.hash_weights(p.more_teachers),
+                           hash_input(path), p.opt_policy])
         kept = self.run.dir / "targets" / f"uncertainty-{key}.json"
         if not kept.is_file():
             accelerator = open_accelerator(p.device, p.opt_policy, quiet=True)
-            teacher = models.prepare_to_answer(self.load_teacher(), accelerator)
+            teacher = self.with_others(models.prepare_to_answer(self.load_teacher(), accelerator), accelerator)
             _, each = evaluate.predict(teacher, self.teacher.encode(found, "transfer"), found.words, self.labels,
                                        self.teacher.pad_id, accelerator, entropy=True)
             save_json(kept, [float(np.mean(values)) for values in each])

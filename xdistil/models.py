@@ -100,6 +100,16 @@ def unit_of(config) -> str:
     return ("pair" if getattr(config, "do_pairwise", False) else "text") if whole else "word"
 
 
+def check_task(config, source, parameter: str, labels: list[str], unit: str) -> None:
+    """Raise CheckpointError unless this is the config of a classifier of words, texts or pairs over these labels."""
+    if config.architectures and (unit_of(config) == "word") != (unit == "word"):
+        raise CheckpointError(f"{parameter}: {source} is a {config.architectures}, but do_NER is {unit == 'word'}; "
+                              "give a teacher of this task, or change do_NER")
+    if set(config.id2label.values()) != set(labels):
+        raise CheckpointError(f"{parameter}: {source} has labels {sorted(config.id2label.values())}, labels.tsv "
+                              f"{sorted(labels)}; give a teacher of this task")
+
+
 def _note_unit(model, unit: str):
     model.config.architectures = [type(model).__name__]
     if unit == "pair" or hasattr(model.config, "do_pairwise"):  # what `unit_of` and so `xdistil predict` goes by

@@ -83,6 +83,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     pt_teacher_checkpoint: str = _field("sentence-transformers/all-MiniLM-L6-v2", "encoder: folder or hub name")
     tf_model_check: bool = _field(False, "teacher from tf_model.h5 or bert_model.ckpt (pip install xdistil[tf])")
     teacher_model_dir: str | None = _field(None, "fine-tuned teacher, reused or written; default: MODEL_DIR/teacher")
+    more_teachers: list[str] = _field([], "further fine-tuned teachers, folders; stage 2 learns the mean of logits")
     teacher_batch_size: int = _field(32, "sentences of average length per step", ge=1)
     teacher_epochs: int | None = _field(None, "epochs of the teacher; default: ft_epochs", ge=1)
     teacher_lr: float = _field(5e-5, "peak learning rate of the teacher", gt=0, le=1)
@@ -247,6 +248,9 @@ def repo_root() -> Path:
 
 def absolute_path(name: str, value, base: Path):
     """A path parameter made absolute; other parameters, hub names, keywords and None stay as they are."""
+    if name == "more_teachers":  # on the command line a name, or a list as text
+        value = [value] if isinstance(value, str) and not value.startswith("[") else Params._lists(value)
+        return [absolute_path("teacher_model_dir", x, base) for x in value] if isinstance(value, list) else value
     if name not in PATH_NAMES + CHECKPOINT_NAMES or not isinstance(value, str) or (name, value) == ("task", DEMO_TASK):
         return value
     local = value and (name in PATH_NAMES or value.startswith((".", "~", "/")) or (base / value).exists())

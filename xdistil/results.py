@@ -5,11 +5,27 @@ from pathlib import Path
 import torch
 
 from xdistil import alarms, alignment, card, data, evaluate, export, models, students
+from xdistil.ensemble import Ensemble
 from xdistil.files import save_text
 from xdistil.inputs import Inputs, given_teacher
 from xdistil.params import Params
 from xdistil.runs import Run, Stage, stage_before
 from xdistil.staging import as_stage, load_student
+
+
+def compare_teachers(inputs: Inputs, accelerator) -> dict[str, float]:
+    """Of several teachers (0..1): macro F1 on dev of each and of all as one, the share of dev's words on which two
+    agree, and of the words of at most 2,000 transfer sentences on which not all do."""
+    inputs = inputs.teacher
+    whole = inputs.with_others(models.prepare_to_answer(inputs.load_teacher(), accelerator), accelerator, exact=True)
+    each = {f"teacher {i}": Ensemble([x], inputs.labels) for i, x in enumerate(whole.members, 1)}
+    found = {name: inputs.score(x, "dev", accelerator) for name, x in {**each, "teachers as one": whole}.items()}
+    words = data.subset(inputs.read("transfer")[0].words, 2000, inputs.params.seed)
+    examples = inputs.encode(data.Sentences(words))
+    said = [evaluate.predict(x, examples, words, inputs.labels, inputs.pad_id, accelerator)[0] for x in each.values()]
+    return {f"{name}, macro F1": scores["macro"] for name, (scores, _) in found.items()} | {
+        "words of dev on which two teachers agree": evaluate.agreement([found[name][1] for name in each])[1],
+        "transfer words on which not all teachers do": evaluate.agreement(said)[0]}
 
 
 @as_stage

@@ -21,7 +21,7 @@ from xdistil.files import save_atomic
 from xdistil.frozen import run_upper
 from xdistil.inputs import Inputs, teacher_dir, teacher_source
 from xdistil.params import Params
-from xdistil.results import evaluate_student, export_student  # noqa: F401  two more of the seven
+from xdistil.results import compare_teachers, evaluate_student, export_student  # noqa: F401  two of the seven
 from xdistil.runs import Run, Stage
 from xdistil.staging import as_stage, fit_stage, load_student, save_student
 from xdistil.targets import TargetSpec
@@ -176,7 +176,8 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     judge = held_out_loss(terms, held_out, weights, accelerator)
     summary = fit_stage(params, stage, accelerator, student, terms, feed, judge, params.distil_epochs, params.logit_lr,
                         steps, weights)
-    return save_student(stage, student, inputs, accelerator) | summary | {"teacher_windows": store.asked}
+    found = save_student(stage, student, inputs, accelerator) | summary | {"teacher_windows": store.asked}
+    return found | ({"teachers": compare_teachers(inputs, accelerator)} if params.more_teachers else {})
 
 
 @as_stage

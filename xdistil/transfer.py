@@ -1,5 +1,6 @@
 """What the transfer set is made of: which sentences of the text at hand, and new ones from a task's own mentions."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -8,28 +9,22 @@ import numpy as np
 from xdistil import data
 
 
-def language_counts(sizes: np.ndarray, limit: int, temperature: float) -> np.ndarray:
-    """How many of `limit` sentences each language gives that has so many: in proportion to n^(1/T), and what a small
-    one cannot give is shared among the others."""
-    shares, counts = sizes ** (1 / temperature), np.zeros_like(sizes)
-    order = np.argsort(sizes / shares, kind="stable")  # who first runs out comes first
-    for i, language in enumerate(order):
-        share = shares[language] / shares[order[i:]].sum()
-        counts[language] = min(sizes[language], round((limit - counts.sum()) * share))
-    return counts
-
-
 def select(order: np.ndarray, languages: Sequence[str], limit: int, temperature: float) -> np.ndarray:
-    """The rows of the first `limit` sentences in an order [N], ascending; with a temperature other than 1, of the
-    first ones of each language, see `language_counts`. DataError: a sentence then has no language."""
+    """The rows of the first `limit` sentences in an order [N], ascending. With a temperature T other than 1 each
+    language gives its first ones in proportion to n^(1/T), n its sentences; what a small one cannot give, the others
+    do. DataError: a sentence then has no language."""
     if temperature == 1:
         return np.sort(order[:limit])
-    if len(languages) < len(order) or not all(languages):
+    if not all(languages):
         raise data.DataError(f"language_temperature: {temperature} needs the language of every sentence in the second "
                              "column of the transfer text, text<TAB>language; add it, or set language_temperature: 1")
-    group = np.unique(languages, return_inverse=True)[1]
-    counts, group = language_counts(np.bincount(group), limit, temperature), group[order]
-    return np.sort(np.concatenate([order[group == i][:count] for i, count in enumerate(counts)]))
+    _, group, sizes = np.unique(languages, return_inverse=True, return_counts=True)
+    shares, kept = sizes ** (1 / temperature), []
+    ranked = np.argsort(sizes / shares, kind="stable")  # who runs out comes first
+    for i, language in enumerate(ranked):
+        count = round((limit - len(kept)) * shares[language] / shares[ranked[i:]].sum())
+        kept += order[group[order] == language][:count].tolist()
+    return np.sort(kept)
 
 
 def replace_mentions(sentences: data.Sentences, n: int, known: Iterable[list[str]], seed: int) -> data.Sentences:
@@ -55,3 +50,12 @@ def replace_mentions(sentences: data.Sentences, n: int, known: Iterable[list[str
             seen.add(tuple(words))
             made.append((words, tags, language))
     return data.Sentences(*([list(column) for column in zip(*made, strict=True)] or ([], [], [])))
+
+
+def enlarge(words: list[list[str]], train: data.Sentences, dev: list[list[str]], with_train: bool, share: float,
+            seed: int) -> list[list[str]]:
+    """A transfer set with train sentences, each once, and `share` times as many made of them, none found in dev."""
+    if with_train:
+        words = list(map(list, dict.fromkeys(map(tuple, words + train.words))))
+    known = itertools.chain(words, train.words, dev)
+    return words + (replace_mentions(train, round(share * len(words)), known, seed).words if share else [])

@@ -53,9 +53,11 @@ def alarms(run: Run) -> Table:
 
 
 def scores(stage: Stage) -> Table:
-    """F1 of a stage on dev, per language and in the mean; of texts and pairs also accuracy and Matthews."""
+    """F1 of a stage on dev, per language and in the mean; of texts and pairs also accuracy and Matthews.
+    Of stage 2 what `results.compare_teachers` says of several."""
     found = stage.metrics["dev"]
     rows = found["by_language"] | {title: found[mean] for mean, title in evaluate.MEANS.items() if mean in found}
+    rows |= stage.metrics.get("teachers", {})
     score = "%" if "accuracy" in found else "F1 (%)"
     return Table([{"dev": name, score: x and 100 * x} for name, x in rows.items()])
 
