@@ -10,8 +10,8 @@ TAGS = {"test": {"by_language": {"de": 0.5, "en": 0.8, "vi": None}, "macro": 0.6
 CLASSES = {"test": {"by_language": {"all": 0.5}, "macro": 0.5, "accuracy": 0.6, "matthews": -0.1}}
 
 
-def card(unit="word", student=TAGS, teacher=None, onnx=(), **options):
-    return write_card(unit, student | SIDE, teacher, dict(onnx), **{
+def card(unit="word", student=TAGS, teacher=None, onnx=(), baselines=(), **options):
+    return write_card(unit, student | SIDE, teacher, dict(onnx), dict(baselines), **{
         "source": "mbert", "labels": ["O", "B-X"], "data": "my_task", "seq_len": 64, "licence": "mit"} | options)
 
 
@@ -29,6 +29,14 @@ def test_scores_stand_beside_the_teachers():
     assert "| de | 62.5 | 50.0 | 80.0 % |" in text and "| vi | 0.0 | – | – |" in text
     assert "| **macro mean** | 70.0 | 65.0 | 92.9 % |" in text and "distilled with xdistil from a fine-tuned" in text
     assert "| ONNX int8, dev F1 64.1 | 1,234,567 | 1.2 | 0.9 |" in text and "my_task" in text
+
+
+def test_baselines_stand_in_one_line_with_student_and_teacher():
+    other = {name: side | {"test": side["test"] | {"macro": f1}} for name, side, f1 in (
+        ("only labels", {"test": {}}, 0.412), ("only logits, labels", {"test": {}}, 0.6))}
+    text = card(teacher={"test": TAGS["test"] | {"macro": 0.7}} | SIDE, baselines=other)
+    assert "macro F1: only labels 41.2, only logits, labels 60.0, teacher 70.0, student 65.0.\n\nSize" in text
+    assert "training windows" not in card()
 
 
 def test_without_a_teacher_nothing_is_compared():

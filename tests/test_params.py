@@ -110,6 +110,7 @@ def test_the_limits_above_are_all_there_are():
     ({"projection_gelu": True, "hidden_loss": "cka"}, "projection_gelu", "set hidden_loss: mse, or projection_gelu"),
     ({"student_arch": "bilstm", "distil_attention": True}, "distil_attention",
      "set distil_attention: false, or student_arch: transformer"),
+    ({"distil": False, "pt_student_checkpoint": "x/y", "baselines": True}, "baselines", "set baselines: false"),
     ({"freeze_word_embedding": True}, "freeze_word_embedding", "set compress_word_embedding: true"),
     ({"hidden_weight": 0}, "hidden_weight", "set hidden_weight: 1, or distil_attention: true"),
     ({"hidden_weight": 0, "distil_attention": True, "attention_weight": 0}, "hidden_weight", "attention_weight: 1"),

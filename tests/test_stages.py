@@ -20,7 +20,7 @@ from xdistil import data, losses, models, stages, training, views
 from xdistil.inputs import Inputs, depends
 from xdistil.models import CheckpointError
 from xdistil.params import load_params
-from xdistil.runs import STAGES, Run, stages_of
+from xdistil.runs import STAGES, Run, baselines_of, stages_of
 from xdistil.training import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -559,3 +559,50 @@ def test_a_student_of_labels_alone_asks_its_teacher_nothing(copied, capsys):
     assert found["student"]["dev"] == run.stage("labels").metrics["dev"] and found["teacher"]["test"]
     again = stages.distil_hidden(run.params, run)
     assert (again.done, again.metrics, again.history) == (None, {}, [])
+
+
+def test_baselines_share_teacher_and_budget_and_stand_beside_the_result(copied, capsys):
+    folder = copied("labels")
+    before = hashes(folder)
+    run = Run(params := smoke_params(folder, baselines=True))
+    with pytest.raises(RuntimeError, match="^baselines: .* run evaluate_student first"):
+        stages.run_baselines(params, run)
+    stages.evaluate_student(params, run)
+    stages.run_baselines(params, run)
+    assert {name: before[name] for name in before if name != "params.json"}.items() <= hashes(folder).items()
+    spent = sum(run.stage(name).metrics["windows"] for name in ("hidden", "logits", "labels"))
+    for name, taught in (("labels", ["labels"]), ("logits", ["logits", "labels"])):
+        other = folder / "baselines" / name
+        assert {x.name for x in other.iterdir()} == {*taught, "evaluation", "params.json"}
+        found = {stage: json.loads((other / stage / "metrics.json").read_text()) for stage in taught}
+        epoch = sum(m["windows"] / m["epochs"] for m in found.values())  # half a one of each stage is rounded off
+        assert abs(sum(m["windows"] for m in found.values()) - spent) <= epoch / 2
+        asked = json.loads((other / "params.json").read_text())
+        assert {name for name in asked if asked[name] != getattr(params, name)} <= {
+            "model_dir", "baselines", "student_stages", "unfreeze", "patience", "distil_epochs", "ft_epochs"}
+        begun = json.loads((other / taught[0] / "begun.json").read_text())
+        assert begun["stage student-init"] == run.stage("student-init").fingerprint
+    assert found["logits"]["teacher_windows"] == 0  # its logits were there
+    table = views.results(run)
+    assert table.columns == ["", "teacher", "only labels", "only logits, labels", "student", "student / teacher (%)"]
+    (row,) = [row for row in table.rows if row[""] == "macro F1 (%)"]
+    metrics = json.loads((folder / "baselines/labels/evaluation/metrics.json").read_text())
+    assert row["only labels"] == 100 * metrics["student"]["test"]["macro"] and "teacher" not in metrics
+    stages.export_student(params, run)
+    assert "macro F1: only labels " in (folder / "student/README.md").read_text()
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    stages.run_baselines(params, run)
+    assert capsys.readouterr().out.count("done before") == 5  # two and three stages
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    assert views.results(Run(smoke_params(folder))).columns == ["", "teacher", "student", "student / teacher (%)"]
+
+
+@pytest.mark.parametrize("student_stages, wanted", [
+    (["hidden", "logits", "labels"], {"labels": ["labels"], "logits": ["logits", "labels"]}),
+    (["hidden", "labels"], {"labels": ["labels"], "logits": ["logits", "labels"]}),
+    (["hidden"], {"labels": ["labels"], "logits": ["logits"]}), (["logits", "labels"], {"labels": ["labels"]}),
+    (["labels"], {})])
+def test_no_baseline_is_the_run_again(tmp_path, student_stages, wanted):
+    params = smoke_params(tmp_path, student_stages=student_stages, baselines=True)
+    assert baselines_of(params) == wanted and baselines_of(smoke_params(tmp_path)) == {}

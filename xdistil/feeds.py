@@ -45,7 +45,7 @@ def transfer(params: Params, run: Run, inputs: Inputs, load_teacher, spec: Targe
     key = fingerprint([run.stage("teacher").fingerprint, hash_weights(params.more_teachers), text, cut,
                        params.opt_policy, params.student_tokenizer])  # own: zeros but at first sub-words
     store = TargetStore(lambda: inputs.with_others(load_teacher(), accelerator), config, spec, examples, inputs.pad_id,
-                        accelerator, folder=run.dir / "targets" / key, mode=params.targets_cache,
+                        accelerator, folder=run.origin.dir / "targets" / key, mode=params.targets_cache,
                         n_passes=params.distil_epochs, budget_bytes=params.targets_cache_gb * 1e9)
     return store, chunks, held_out
 

@@ -22,7 +22,7 @@ from xdistil import (
 from xdistil.devices import open_accelerator
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
-from xdistil.runs import Run, Stage, stage_before, stages_of
+from xdistil.runs import SHARED, Run, Stage, stage_before, stages_of
 from xdistil.training import Feed
 
 RECIPE = ("seed", "opt_policy", "seq_len", "patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
@@ -48,7 +48,7 @@ FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "
 
 def task_file(params: Params, run: Run, name: str) -> Path:
     """The path of train, dev, test, labels or transfer; writes the demo corpus when first asked."""
-    folder = run.dir / "task" if params.task == DEMO_TASK else Path(params.task)
+    folder = run.origin.dir / "task" if params.task == DEMO_TASK else Path(params.task)
     if params.task == DEMO_TASK and not (folder / "transfer.tsv").is_file():
         demo_data.write_demo_corpus(folder)
     return Path(params.transfer_file if name == "transfer" and params.transfer_file else folder / f"{name}.tsv")
@@ -62,7 +62,7 @@ def hash_input(path: Path) -> str:
 
 def teacher_dir(params: Params, run: Run) -> Path:
     """Where the fine-tuned teacher is, or will be."""
-    return Path(params.teacher_model_dir or run.dir / "teacher")
+    return Path(params.teacher_model_dir or run.stage("teacher").dir)
 
 
 def _tf_file(params: Params, parameter: str) -> Path | None:
@@ -78,7 +78,7 @@ def _tf_file(params: Params, parameter: str) -> Path | None:
 
 def given_teacher(params: Params, run: Run) -> Path | None:
     """The fine-tuned teacher that teacher_model_dir holds and this run did not write: folder or TensorFlow file."""
-    begun, folder = read_json(run.dir / "teacher/begun.json", {}), teacher_dir(params, run)
+    begun, folder = read_json(run.stage("teacher").dir / "begun.json", {}), teacher_dir(params, run)
     ours = "teacher_model_dir" in begun and begun["teacher_model_dir"] in (None, params.teacher_model_dir)
     if not params.teacher_model_dir or ours:
         return None
@@ -104,6 +104,8 @@ def teacher_source(params: Params, run: Run) -> tuple[str, str]:
 
 def depends(params: Params, run: Run, name: str) -> dict:
     """Everything the result of a stage follows from, as flat names and values."""
+    if name in SHARED and run.origin is not run:
+        params, run = run.origin.params, run.origin
     values, files, given = params.pick(*USES.get(name, ())), FILES.get(name, ()), given_teacher(params, run)
     unit = {} if params.unit == "word" else {"unit": params.unit}
     if name == "teacher" and given:
@@ -119,6 +121,8 @@ def depends(params: Params, run: Run, name: str) -> dict:
         values, files = values | params.pick("seq_len", *TEXT), ("transfer",)
     elif name == "logits" and params.hard_label_weight:
         values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
+    elif name == "evaluation" and params.baselines:  # so that they are there before the card is written
+        values = {"baselines": True}
     elif name == "labels" and not params.distil:
         weights = [hash_input(path) for path in sorted(Path(params.pt_student_checkpoint).glob("*.safetensors"))]
         values, files = values | unit | {"student": weights or params.pt_student_checkpoint}, (*files, "labels")

@@ -109,6 +109,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     student_stages: list[Literal["hidden", "logits", "labels"]] = _field(
         ["hidden", "logits", "labels"], "what the student learns from, in this order, each at most once; others are "
         "left out; with distil: false labels alone")
+    baselines: bool = _field(False, "beside the result: the same student from labels alone, and with logits in place "
+                             "of hidden states, each on as many windows in all")
     distil_multi_hidden_states: bool = _field(False, "distil every layer of the map; else the top states only")
     distil_attention: bool = _field(False, "distil attention as well, see attention_loss")
     projection_gelu: bool = _field(False, "GELU on projected states (2004.05686); stage 2 then starts a new head")
@@ -193,6 +195,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "the layers; set compress_word_embedding: false"),
             (not self.distil and (compress or self.trim_vocab or not checkpoint), "distil: false fine-tunes "
              "pt_student_checkpoint as it is; name one, and set compress_word_embedding and trim_vocab: false"),
+            (self.baselines and not self.distil, "baselines: distil: false is what they are; set baselines: false"),
             (freeze and self.distil > (compress or copied or own), "freeze_word_embedding: nothing of the teacher is "
              "in these word embeddings; set compress_word_embedding: true as well, or freeze_word_embedding: false"),
             (self.transfer_limit is None and (self.transfer_select, self.language_temperature) != ("random", 1),

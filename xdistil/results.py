@@ -39,13 +39,14 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     (gold, _), metrics = inputs.read("test"), {}
     sizes = {"teacher": run.stage("student-init").metrics.get("teacher"), "student": models.size_of(pair["student"])}
     sides = ("teacher", "teacher", inputs.teacher), ("student", stage_before(params, "evaluation"), inputs)
-    for name, done, own in sides[not params.distil :]:
+    alone = not params.distil or run.origin is not run  # there the teacher was scored
+    for name, done, own in sides[alone:]:
         scores, tags = own.score(pair[name], "test", accelerator)
         metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **sizes[name],
                          "mb": sizes[name]["parameters"] * 4 / 1e6,
                          **evaluate.measure_speed(pair[name], own.read("test")[1], own.pad_id, accelerator)}
     data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes last
-    if params.distil:
+    if not alone:
         metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])
     with accelerator.autocast():
         likeness = alignment.measure_alignment(*pair.values(), {}, inputs.read("dev")[1], inputs.pad_id, device)
@@ -71,8 +72,8 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
     teacher = given_teacher(params, run) or params.pt_teacher_checkpoint
     source = str(teacher if params.distil else params.pt_student_checkpoint)
     save_text(stage.dir / "README.md", card.write_card(
-        params.unit, metrics["student"], metrics.get("teacher"), onnx, source=source.split("/")[-1],
-        labels=inputs.labels, data=Path(params.task).name, seq_len=params.seq_len, licence=params.licence,
+        params.unit, metrics["student"], metrics.get("teacher"), onnx, run.baselines, labels=inputs.labels,
+        source=source.split("/")[-1], data=Path(params.task).name, seq_len=params.seq_len, licence=params.licence,
         registers="import xdistil  # knows the BiLSTM" if students.is_bilstm(student.config) else ""))
     return {"same_predictions": True, f"dev_{params.unit}s": sum(map(len, tags[0])), "onnx": onnx}
 

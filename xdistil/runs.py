@@ -10,6 +10,8 @@ from xdistil.params import Params, fingerprint
 STAGES = {"teacher": "finetune_teacher", "student-init": "build_student", "hidden": "distil_hidden",
           "logits": "distil_logits", "labels": "finetune_student", "evaluation": "evaluate_student",
           "student": "export_student"}  # folder of the run: function of `stages`, and notebook without its number
+SHARED = ("teacher", "student-init")  # what a run beside another has from there
+INSTEAD = {"labels": {"hidden": "labels", "logits": "labels"}, "logits": {"hidden": "logits"}}  # what baselines do
 
 
 def stages_of(params: Params) -> list[str]:
@@ -22,6 +24,13 @@ def stage_before(params: Params, name: str) -> str | None:
     """The stage that another goes on from; None for the first of a run."""
     names = [None, *stages_of(params)]
     return names[names.index(name) - 1]
+
+
+def baselines_of(params: Params) -> dict[str, list[str]]:
+    """The baselines that are asked for and the stages of their student; none that would be the run again."""
+    found = {name: list(dict.fromkeys(instead.get(stage, stage) for stage in params.student_stages))
+             for name, instead in INSTEAD.items() if params.baselines}
+    return {name: taught for name, taught in found.items() if taught != params.student_stages}
 
 
 class Stage:
@@ -85,14 +94,27 @@ def describe_changes(old: dict, new: dict) -> str:
 
 
 class Run:
-    """The folder of a run and the parameters in force; nothing is written until a stage begins."""
+    """The folder of a run and the parameters in force; nothing is written until a stage begins. A run `beside` another
+    has its teacher, first student, generated corpus and teacher outputs from there."""
 
-    def __init__(self, params: Params):
-        self.params, self.dir = params, Path(params.model_dir)
+    def __init__(self, params: Params, beside: "Run | None" = None):
+        self.params, self.dir, self.origin = params, Path(params.model_dir), beside or self
 
     def stage(self, name: str) -> Stage:
         """The stage in folder `name`, one of STAGES."""
-        return Stage(self.dir / name)
+        return Stage((self.origin if name in SHARED else self).dir / name)
+
+    def baseline(self, name: str, **values) -> "Run":
+        """The baseline in MODEL_DIR/baselines/NAME, with other parameters than this run where named."""
+        values |= {"model_dir": str(self.dir / "baselines" / name), "baselines": False}
+        return Run(self.params.model_copy(update=values), self)
+
+    @property
+    def baselines(self) -> dict[str, dict]:
+        """What evaluation found of the students of the baselines, as far as they are there, by what taught them."""
+        found = {f"only {', '.join(taught)}": self.baseline(name).stage("evaluation").metrics.get("student")
+                 for name, taught in baselines_of(self.params).items()}
+        return {title: side for title, side in found.items() if side}
 
     def save_figure(self, figure, name: str) -> Path:
         """Save a matplotlib figure as figures/NAME.png and return its path."""

@@ -19,10 +19,10 @@ from xdistil.feeds import (
 )
 from xdistil.files import save_atomic
 from xdistil.frozen import run_upper
-from xdistil.inputs import Inputs, teacher_dir, teacher_source
+from xdistil.inputs import Inputs, is_done, teacher_dir, teacher_source
 from xdistil.params import Params
 from xdistil.results import compare_teachers, evaluate_student, export_student  # noqa: F401  two of the seven
-from xdistil.runs import Run, Stage
+from xdistil.runs import INSTEAD, Run, Stage, baselines_of
 from xdistil.staging import as_stage, fit_stage, load_student, save_student
 from xdistil.targets import TargetSpec
 from xdistil.training import Feed, part
@@ -190,6 +190,28 @@ def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     summary = fit_stage(params, stage, accelerator, student, _label_terms, feed, judge, params.ft_epochs, params.ft_lr,
                         steps)
     return save_student(stage, student, inputs, accelerator) | summary | {"alarms": inputs.leaks("dev", "train")}
+
+
+def run_baselines(params: Params, run: Run) -> None:
+    """The same student beside the result, if `baselines` asks: runs in MODEL_DIR/baselines on the same teacher outputs
+    and first student. One learns from labels alone; one from logits where this run has hidden states, and from labels
+    if it does, so that stage 1 is all it lacks. Each takes over the training windows of what it replaces, whatever
+    patience says, in one step of all layers: epochs of several would not add up to them."""
+    spent = {name: run.stage(name).metrics for name in params.student_stages}
+    calls = {"logits": distil_logits, "labels": finetune_student, "evaluation": evaluate_student}
+    for name, taught in baselines_of(params).items():
+        if not is_done(params, run, "evaluation"):
+            raise RuntimeError("baselines: their budget is that of a finished run; run evaluate_student first")
+        size = {"labels": len(Inputs(params, run).read("train")[1]),  # windows of an epoch
+                "logits": next((m["windows"] // m["epochs"] for x, m in spent.items() if x != "labels"), None)}
+        budget = dict.fromkeys(taught, 0)
+        for stage, found in spent.items():
+            budget[INSTEAD[name].get(stage, stage)] += found["windows"]
+        epochs = {stage: max(1, round(windows / size[stage])) for stage, windows in budget.items()}
+        beside = run.baseline(name, student_stages=taught, unfreeze="none", patience=max(epochs.values()),
+                              ft_epochs=epochs.get("labels", 1), distil_epochs=epochs.get("logits", 1))
+        for stage in (*taught, "evaluation"):
+            calls[stage](beside.params, beside)
 
 
 def _student_and_steps(params: Params, run: Run, name: str, inputs: Inputs, device):

@@ -216,4 +216,5 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         save({})
     model.eval()
     return {"metric": records[-1]["metric"], "score": at.best, "updates": at.updates, "epochs": at.epochs_run,
-            "seconds": round(at.seconds, 2), "windows_per_second": round(at.windows / at.seconds, 1)}
+            "windows": at.windows, "seconds": round(at.seconds, 2),
+            "windows_per_second": round(at.windows / at.seconds, 1)}

@@ -89,7 +89,7 @@ def by_language(run: Run) -> tuple[dict | None, dict]:
 
 
 def results(run: Run) -> Table:
-    """Teacher, if there is one, beside student: F1 on test per language and in the mean, size and speed."""
+    """Teacher, if there is one, baselines and student: F1 on test per language and in the mean, size and speed."""
     titles = {"parameters": "parameters", "non_embedding": "without embeddings", "mb": "MB on disk",
               "ms_per_sentence": "ms/sentence, batch 1", "sentences_per_second": "sentences/s, batch 32"}
 
@@ -99,12 +99,13 @@ def results(run: Run) -> Table:
         percent = {f"{title} (%)": x and 100 * x for title, x in f1.items()}
         return percent | {title: side.get(name) for name, title in titles.items()}
 
-    teacher, student = (side and column(side) for side in sides(run))
-    if not teacher:
-        return Table([{"": title, "student": x} for title, x in student.items()])
-    return Table([{"": title, "teacher": x, "student": student[title], "student / teacher (%)":
-                   100 * student[title] / x if x and student[title] is not None else None}
-                  for title, x in teacher.items()])
+    teacher, student = sides(run)
+    columns = {name: column(x) for name, x in {"teacher": teacher, **run.baselines, "student": student}.items() if x}
+    if teacher:
+        columns["student / teacher (%)"] = {
+            title: 100 * columns["student"][title] / x if x and columns["student"][title] is not None else None
+            for title, x in columns["teacher"].items()}
+    return Table([{"": title, **{name: x[title] for name, x in columns.items()}} for title in columns["student"]])
 
 
 def typical_sentence(sentences: data.Sentences) -> list[str]:
