@@ -10,7 +10,7 @@ from torch import nn
 
 from xdistil import evaluate
 from xdistil.data import Sentences, encode
-from xdistil.evaluate import entity_f1, measure_speed, predict, retention, score
+from xdistil.evaluate import entity_f1, measure_speed, paired_bootstrap, predict, retention, score
 
 NONE = {"precision": None, "recall": None, "f1": None, "by_type": {}}
 
@@ -132,3 +132,60 @@ def test_agreement_by_hand():
     divided, pairs = evaluate.agreement(said)
     assert divided == 2 / 4 and pairs == pytest.approx((2 / 4 + 3 / 4 + 3 / 4) / 3)
     assert evaluate.agreement(said[:1] * 2) == (0.0, 1.0)
+
+
+def spoilt(gold, share, seed):
+    """The gold tags with some entities, chosen at random, taken away or made another's."""
+    draw = np.random.default_rng(seed)
+    return [[tag if draw.random() > share else draw.choice(["O", "B-PER", "B-LOC", "I-LOC"]) for tag in tags]
+            for tags in gold.tags]
+
+
+@pytest.fixture
+def many():
+    draw = np.random.default_rng(0)
+    tags = [" ".join(draw.choice(["O", "O", "B-PER", "B-LOC"], 7)) for _ in range(120)]
+    return make([("en", "vi", "th")[i % 3] for i in range(120)], *tags[:-1], "O O O O O O O")
+
+
+def test_bootstrap_starts_from_the_difference_of_the_scores(many):
+    a, b = spoilt(many, 0.4, 1), spoilt(many, 0.2, 2)
+    found = paired_bootstrap(many, [a], [b], 300)
+    assert found["difference"] == pytest.approx(score(many, b)["macro"] - score(many, a)["macro"], abs=1e-12)
+    assert 0 < found["low"] < found["difference"] < found["high"]
+    assert found == paired_bootstrap(many, [a], [b], 300) != paired_bootstrap(many, [a], [b], 300, seed=1)
+    back = paired_bootstrap(many, [b], [a], 300)
+    assert back == pytest.approx({"difference": -found["difference"], "low": -found["high"], "high": -found["low"]})
+    runs = [spoilt(many, 0.3, i) for i in range(4)]
+    wanted = np.mean([score(many, tags)["macro"] for tags in runs[2:]]) - np.mean(
+        [score(many, tags)["macro"] for tags in runs[:2]])
+    assert paired_bootstrap(many, runs[:2], runs[2:], 9)["difference"] == pytest.approx(wanted, abs=1e-12)
+
+
+def test_bootstrap_of_texts_is_of_macro_f1_over_classes():
+    gold = make([""] * 6, *"a a b b c c".split())
+    a, b = ([[x] for x in tags.split()] for tags in ("a b b b c a", "a a b c c c"))
+    found = paired_bootstrap(gold, [a], [b], 50, by_word=False)
+    wanted = evaluate.score_classes(gold, b)["macro"] - evaluate.score_classes(gold, a)["macro"]
+    assert found["difference"] == pytest.approx(wanted, abs=1e-12) and found["low"] <= found["high"]
+
+
+def test_bootstrap_of_equal_predictions_is_nothing_and_nothing_else(many):
+    a = spoilt(many, 0.3, 1)
+    assert paired_bootstrap(many, [a, a], [a, a], 50) == {"difference": 0, "low": 0, "high": 0}
+
+
+def test_bootstrap_by_hand():
+    # one entity a sentence; a finds that of the first, b both: 1 - 2 / 3. Of the four samples of two sentences one has
+    # only the first (gain 0), one only the second (gain 1), two have both
+    gold = make(["en", "en"], "B-PER O", "O B-LOC")
+    a, b = [["B-PER", "O"], ["O", "O"]], [["B-PER", "O"], ["O", "B-LOC"]]
+    found = paired_bootstrap(gold, [a], [b], 500)
+    assert found == {"difference": pytest.approx(1 / 3), "low": 0.0, "high": 1.0}
+
+
+def test_bootstrap_intervals_cover_no_difference_about_as_often_as_they_say(many):
+    # two taggers that are equally good: zero is left out by chance alone
+    found = [paired_bootstrap(many, [spoilt(many, 0.3, 2 * i)], [spoilt(many, 0.3, 2 * i + 1)], 200)
+             for i in range(60)]
+    assert sum(x["low"] <= 0 <= x["high"] for x in found) >= 51  # 95 % of 60 are 57; below 51 once in 300 studies

@@ -127,7 +127,7 @@ def test_links_lead_somewhere(path):
 @each
 def test_names_of_the_library_exist_and_one_stage_is_called(path):
     source = "\n".join(without_magics(cell.source) for cell in code_cells(path))
-    imported = {name: module for module in ("stages", "views", "plots", "explore")
+    imported = {name: module for module in ("stages", "views", "plots", "explore", "study")
                 for name in [module] if re.search(rf"\b{module}\b", source)}
     used = {(node.value.id, node.attr) for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported}

@@ -154,3 +154,14 @@ def test_benchmark_has_bars_by_setting_and_lines_by_epoch():
     loop, ours = drawn(plots.plot_benchmark_epochs(rows, "big128", 600, 3)).axes[0].lines
     assert list(loop.get_ydata()) == pytest.approx([6, 12, 18])
     assert list(ours.get_ydata()) == pytest.approx([3, 3.6, 4.2])
+
+
+def test_intervals_have_a_row_each_a_line_at_zero_and_grey_where_nothing_is_shown():
+    rows = [{"cell": name, "difference": x, "low": low, "high": high} for name, x, low, high in
+            (("a=1", 0.02, 0.01, 0.03), ("b", 0.01, -0.01, 0.02), ("c", -0.02, -0.05, -0.01))]
+    ax = drawn(plots.plot_intervals(rows, "S")).axes[0]
+    zero, *lines = ax.lines
+    assert list(zero.get_xdata()) == [0, 0] and texts(ax.get_yticklabels()) == ["a=1", "b", "c"]
+    assert list(lines[0].get_xdata()) == pytest.approx([1, 3]) and lines[1].get_xdata()[0] == pytest.approx(2)
+    assert [line.get_color() for line in lines[::2]] == [plots.TEACHER, plots.GREY, plots.STUDENT]
+    assert texts(ax.texts) == ["+2.0", "+1.0", "-2.0"] and ax.yaxis_inverted()

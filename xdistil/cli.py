@@ -7,12 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 from xdistil import __version__
 from xdistil.files import read_json, save_atomic
-from xdistil.params import Params, absolute_path, load_params, repo_root
+from xdistil.params import Params, Table, absolute_path, load_params, repo_root
 from xdistil.runs import STAGES, Run, stages_of
 
 
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("run", "run every stage as a notebook, then print a table and write report.html"),
                        ("finetune", "fine-tune pt_student_checkpoint on labels, without a teacher; as run otherwise"),
+                       ("study", "vary one parameter at a time around a run, over seeds, and compare"),
                        ("check", "look at parameters, data and models without training")):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("params", nargs="?", help="params file; default: params/demo.yaml, or the flags alone")
@@ -30,6 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
             kind = {"action": argparse.BooleanOptionalAction} if info.annotation is bool else {"metavar": "VALUE"}
             text = f"{info.description} (default: {info.default})".replace("%", "%%")
             command.add_argument(f"--{field}", default=argparse.SUPPRESS, help=text, **kind)
+    study = commands.choices["study"]
+    study.add_argument("--vary", action="append", required=True, type=_factor, metavar="NAME=V1,V2",
+                       help="a parameter and its other values, as in YAML; repeatable")
+    study.add_argument("--seeds", default="1,2,3", help="of each cell (default: 1,2,3)")
+    study.add_argument("--n_jobs", type=int, default=1, help="cells at a time, one thread each (default: 1)")
     export = commands.add_parser("export", help="write a student's ONNX files, float32 and int8", allow_abbrev=False)
     export.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
     push = commands.add_parser("push", help="upload a student to the Hugging Face hub", allow_abbrev=False)
@@ -49,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _factor(text: str) -> tuple[str, list]:
+    name, values = text.split("=", 1)
+    return name, yaml.safe_load(f"[{values}]")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     asked, unknown = build_parser().parse_known_args(arguments)
@@ -65,14 +77,22 @@ def main(arguments: list[str] | None = None) -> int:
         params = load_params(asked.params or ({} if values else repo_root() / "params/demo.yaml"), values)
         if asked.command in ("run", "finetune"):
             return run_notebooks(params)
-        from xdistil import stages, views
+        from xdistil import stages, study, views
 
         stages.check(params, run := Run(params))
+        if asked.command == "study":
+            cells = study.plan(params, run, dict(asked.vary), list(map(int, asked.seeds.split(","))))
+            print(study.run_cells(params, run, cells, asked.n_jobs))
+            print(f"\n{Table(study.compare(params, run, cells), 'macro F1 on test above the base, 95 % interval')}")
+            return 0
         print(*views.describe(params, run), views.needs(params, run), sep="\n\n")
         return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"xdistil: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        print(f"xdistil: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("xdistil: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -185,6 +185,22 @@ def plot_stages(scores, teacher):
     return _legend(fig, 2)
 
 
+def plot_intervals(rows, title):
+    """One line a row: `cell`, the `difference` of its macro F1 from the base's and the interval `low` to `high` (from
+    -1 to 1), grey where zero is in it."""
+    fig, ax = _figure(title, 1.4 + 0.36 * len(rows), 8.5, grid=False, xlabel="macro F1 points above the base, 95 %",
+                      yticks=range(len(rows)), yticklabels=[row["cell"] for row in rows], ymargin=0.3)
+    ax.axvline(0, color="black", linewidth=1)
+    for at, row in enumerate(rows):
+        low, middle, high = (100 * row[key] for key in ("low", "difference", "high"))
+        colour = GREY if low <= 0 <= high else STUDENT if high < 0 else TEACHER
+        ax.plot((low, high), (at, at), "|-", color=colour, linewidth=3)
+        ax.plot(middle, at, "o", color=colour)
+        ax.annotate(f"{middle:+.1f}", (middle, at), (0, 7), textcoords="offset points", ha="center")
+    ax.invert_yaxis()
+    return fig
+
+
 def plot_size_speed(teacher, student):
     """`teacher`, `student`: dicts of "parameters", "non_embedding" (counts), "mb" (megabytes), "ms_per_sentence" at
     batch 1, "sentences_per_second" and "test" with "macro" (F1, 0 to 1); a number may be None."""

@@ -1,0 +1,68 @@
+"""A study: one parameter at a time around those of a run, over seeds; each cell is a run, all have one teacher."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from joblib import Parallel, delayed
+
+from xdistil import data, evaluate, stages
+from xdistil.files import save_json
+from xdistil.inputs import Inputs, is_done, task_file, teacher_dir
+from xdistil.params import Params, Table, load_params, repo_root
+from xdistil.runs import Run
+
+Cells = dict[str, list[Params]]  # by what is varied, one for each seed; the first is the base
+
+
+def plan(params: Params, run: Run, vary: dict[str, list], seeds: list[int]) -> Cells:
+    """The cells around a run: itself ("base") and each value of each parameter, in MODEL_DIR/study/NAME=VALUE/SEED,
+    with its task and teacher. Raises ParamsError before any of them runs."""
+    shared = {"task": str(task_file(params, run, "train").parent)}
+    shared |= {"teacher_model_dir": str(teacher_dir(params, run))} if params.distil else {}
+    changes = {f"{name}={value}": {name: value} for name, values in vary.items() for value in values}
+    cells = {}
+    for title, change in ({"base": {}} | changes).items():
+        folder = run.dir / "study" / re.sub(r"[^\w=.,-]+", "_", title)
+        asked = params.model_dump(exclude_none=True) | shared | change
+        if title == "base" or load_params(params.model_dump(exclude_none=True), change) != params:
+            cells[title] = [load_params(asked, {"seed": seed, "model_dir": str(folder / str(seed))}) for seed in seeds]
+    return cells
+
+
+def _run_cell(cell: Params) -> str | None:
+    """Run a cell through its notebooks, in a process with one thread; the path of its log if it failed."""
+    folder = Path(cell.model_dir)
+    asked = save_json(folder.with_suffix(".json"), {"experiment": cell.model_dump(exclude_none=True)})
+    with open(log := folder.with_suffix(".log"), "w", encoding="utf-8") as out:
+        failed = subprocess.run([sys.executable, "-m", "xdistil", "run", asked], cwd=repo_root(), stdout=out,
+                                stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    print(f"[study] {folder.parent.name}, seed {cell.seed}: {f'failed, see {log}' if failed else 'done'}", flush=True)
+    return str(log) if failed else None
+
+
+def run_cells(params: Params, run: Run, cells: Cells, n_jobs: int = 1) -> Table:
+    """Fine-tune the teacher if it is not there, then run what is not finished, `n_jobs` cells at a time; macro F1 of
+    each. Raises RuntimeError at the end, naming the logs of cells that failed."""
+    stages.finetune_teacher(params, run)
+    todo = [cell for group in cells.values() for cell in group if not is_done(cell, Run(cell), "student")]
+    print(f"[study] {sum(map(len, cells.values())) - len(todo)} cells done before, {len(todo)} to run", flush=True)
+    if failed := list(filter(None, Parallel(n_jobs, prefer="threads")(map(delayed(_run_cell), todo)))):
+        raise RuntimeError(f"{len(failed)} cells failed; see {', '.join(failed)}, then call this again")
+    sides = [(title, cell.seed, Run(cell).stage("evaluation").metrics["student"])
+             for title, group in cells.items() for cell in group]
+    return Table([{"cell": title, "seed": seed, "macro F1 (%): dev": 100 * side["dev"]["macro"],
+                   "test": 100 * side["test"]["macro"]} for title, seed, side in sides], "the cells of the study")
+
+
+def compare(params: Params, run: Run, cells: Cells) -> list[dict]:
+    """What each cell gains over the base on test, over its seeds: rows of `evaluate.paired_bootstrap`."""
+    gold = Inputs(params, run).sentences("test")
+    tags = {title: [[line.split("\t")[-2].split(" ") if params.do_NER else [line.split("\t")[-2]] for _, line in
+                     data.read_lines(Run(cell).stage("evaluation").dir / "predictions.tsv")] for cell in group]
+            for title, group in cells.items()}
+    base = tags.pop("base")
+    return [{"cell": title, **evaluate.paired_bootstrap(gold, base, found, by_word=params.do_NER)}
+            for title, found in tags.items()]
