@@ -258,22 +258,45 @@ def test_a_stage_that_fails_is_named_with_its_cell_and_what_ran_is_kept(executed
     assert not (folder / "hidden" / "done.json").exists() and (folder / "student-init" / "done.json").is_file()
 
 
+def execute(name, out, parameters):
+    """Execute a notebook from its own folder, as `papermill -f` does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of papermill, jupyter_client and zmq
+        os.environ["PYTHONPATH"], old = str(ROOT), os.environ.get("PYTHONPATH")
+        try:
+            papermill.execute_notebook(ROOT / f"notebooks/{name}.ipynb", out, parameters, kernel_name="python3",
+                                       cwd=str(ROOT / "notebooks"), progress_bar=False)
+        finally:
+            os.environ.pop("PYTHONPATH") if old is None else os.environ.__setitem__("PYTHONPATH", old)
+    return [o for c in read(out).cells if c.cell_type == "code" for o in c.outputs]
+
+
 @pytest.mark.notebook
 def test_papermill_runs_a_notebook_from_its_own_folder(tmp_path, tmp_path_factory):
     run = tmp_path / "run"
     shutil.copytree(finished_smoke_run(tmp_path_factory) / "teacher", run / "teacher")
     parameters = yaml.safe_load(SMOKE.read_text())  # as `papermill -f params/smoke.yaml` injects it
     parameters["overrides"] = {"model_dir": str(run), "device": "cpu", "opt_policy": "float32"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of papermill, jupyter_client and zmq
-        os.environ["PYTHONPATH"], old = str(ROOT), os.environ.get("PYTHONPATH")
-        try:
-            papermill.execute_notebook(
-                ROOT / "notebooks/02_build_student.ipynb", tmp_path / "out.ipynb", parameters,
-                cwd=str(ROOT / "notebooks"), kernel_name="python3", progress_bar=False)
-        finally:
-            os.environ.pop("PYTHONPATH") if old is None else os.environ.__setitem__("PYTHONPATH", old)
+    outputs = execute("02_build_student", tmp_path / "out.ipynb", parameters)
     assert (run / "student-init" / "done.json").is_file() and (run / "figures" / "spectrum.png").is_file()
     assert not (ROOT / "notebooks" / "runs").exists()
-    outputs = [o for c in read(tmp_path / "out.ipynb").cells if c.cell_type == "code" for o in c.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.notebook
+def test_a_notebook_of_a_stage_that_the_run_lacks_says_so_and_ends(tmp_path):
+    parameters = {"experiment": str(SMOKE), "overrides": {"model_dir": str(tmp_path), "student_stages": ["labels"]}}
+    outputs = execute("03_distil_hidden", tmp_path / "out.ipynb", parameters)  # no error, for papermill
+    assert "[hidden] not one of this run's stages, teacher, student-init, labels, " in str(outputs)
+    assert not any("image/png" in output.get("data", {}) for output in outputs)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
+
+
+@pytest.mark.notebook
+def test_the_notebook_of_evaluation_runs_the_baselines(tmp_path, tmp_path_factory):
+    run = shutil.copytree(finished_smoke_run(tmp_path_factory), tmp_path / "run")
+    overrides = {"model_dir": str(run), "device": "cpu", "opt_policy": "float32", "baselines": True}
+    parameters = {"experiment": str(SMOKE), "overrides": overrides}
+    outputs = execute("06_evaluate_student", tmp_path / "out.ipynb", parameters)
+    assert "only logits, labels" in str([output.get("data", {}).get("text/html") for output in outputs])
+    assert (run / "baselines/logits/evaluation/done.json").is_file()

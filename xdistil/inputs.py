@@ -242,7 +242,7 @@ class Inputs:
         p = self.params
         key = fingerprint([self.run.stage("teacher").fingerprint, ensemble.hash_weights(p.more_teachers),
                            hash_input(path), p.opt_policy])
-        kept = self.run.dir / "targets" / f"uncertainty-{key}.json"
+        kept = self.run.origin.dir / "targets" / f"uncertainty-{key}.json"
         if not kept.is_file():
             accelerator = open_accelerator(p.device, p.opt_policy, quiet=True)
             teacher = self.with_others(models.prepare_to_answer(self.load_teacher(), accelerator), accelerator)
