@@ -40,7 +40,7 @@ USES = {  # the parameters that each stage's result follows from
                "attention_weight", "distil_lr"),
     "logits": (*RECIPE, *TRANSFER, *STUDENT, "logit_loss", "temperature", "hard_label_weight", "unfreeze", "logit_lr"),
     "labels": (*RECIPE, *STUDENT, "train_limit", "unfreeze", "student_ft_batch_size", "ft_epochs", "ft_lr"),
-    "student": ("onnx", "licence")}
+    "evaluation": ("baselines",), "student": ("onnx", "licence")}
 KEPT_IDS = "kept_ids.json"  # beside a student of a trimmed vocabulary: the teacher's ids of its pieces
 FILES = {"teacher": ("train", "dev", "labels"), "hidden": ("transfer", "dev"), "logits": ("transfer", "dev"),
          "labels": ("train", "dev"), "evaluation": ("dev", "test")}
@@ -104,8 +104,7 @@ def teacher_source(params: Params, run: Run) -> tuple[str, str]:
 
 def depends(params: Params, run: Run, name: str) -> dict:
     """Everything the result of a stage follows from, as flat names and values."""
-    if name in SHARED and run.origin is not run:
-        params, run = run.origin.params, run.origin
+    params, run = (run.origin.params, run.origin) if name in SHARED and run.origin is not run else (params, run)
     values, files, given = params.pick(*USES.get(name, ())), FILES.get(name, ()), given_teacher(params, run)
     unit = {} if params.unit == "word" else {"unit": params.unit}
     if name == "teacher" and given:
@@ -121,8 +120,6 @@ def depends(params: Params, run: Run, name: str) -> dict:
         values, files = values | params.pick("seq_len", *TEXT), ("transfer",)
     elif name == "logits" and params.hard_label_weight:
         values, files = values | params.pick("train_limit", "student_ft_batch_size"), (*files, "train")
-    elif name == "evaluation" and params.baselines:  # so that they are there before the card is written
-        values = {"baselines": True}
     elif name == "labels" and not params.distil:
         weights = [hash_input(path) for path in sorted(Path(params.pt_student_checkpoint).glob("*.safetensors"))]
         values, files = values | unit | {"student": weights or params.pt_student_checkpoint}, (*files, "labels")
@@ -275,8 +272,7 @@ class Inputs:
         return examples
 
     def _encoded(self, name: str) -> tuple[data.Sentences, data.Examples]:
-        sentences = self.sentences(name)
-        return sentences, self.encode(sentences, name)
+        return (sentences := self.sentences(name)), self.encode(sentences, name)
 
     def score(self, model, name: str, accelerator) -> tuple[dict, list[list[str]]]:
         """Scores on train, dev or test, and the predicted tags."""
