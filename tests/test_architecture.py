@@ -13,15 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "xdistil").glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
 LEVELS = [  # a module may import those of lower levels only
+    {"tables"},
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "card", "alarms"},
     {"dropout"}, {"runs", "devices", "data", "demo_data", "models"}, {"narrow", "wordwise"},
     {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report"},
-    {"ensemble"}, {"inputs", "predict", "frozen"}, {"feeds", "staging"}, {"results"}, {"stages"}, {"views", "study"},
-    {"cli"},
+    {"ensemble", "predict", "frozen"}, {"provenance"}, {"inputs"}, {"feeds", "staging"}, {"results"}, {"stages"},
+    {"views", "study"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
-HOLD_PARAMS = {"params", "runs", "inputs", "feeds", "staging", "results", "stages", "views", "study", "cli"}
+HOLD_PARAMS = {"params", "runs", "provenance", "inputs", "feeds", "staging", "results", "stages", "views", "study",
+               "cli"}
 LAZY = {"papermill", "IPython", "nbformat", "onnx", "torch_xla", "h5py"}
 
 
@@ -105,7 +107,7 @@ def test_a_module_fits_in_the_head(path):
 
 def test_the_library_stays_small():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PATHS)
-    assert lines <= 4500
+    assert lines <= 5200
 
 
 @pytest.mark.parametrize("name", TREES)

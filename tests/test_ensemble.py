@@ -8,9 +8,10 @@ from test_stages import TOY, finished_smoke_run, run_stages, smoke_params
 
 from xdistil import data, models, stages, views
 from xdistil.ensemble import Ensemble
-from xdistil.inputs import Inputs, depends
+from xdistil.inputs import Inputs
 from xdistil.models import CheckpointError
 from xdistil.params import load_params
+from xdistil.provenance import depends
 from xdistil.runs import Run
 
 

@@ -8,8 +8,8 @@ from tiny import head_of
 from transformers import AutoModelForTokenClassification
 
 from xdistil import alignment, models, narrow
-from xdistil.inputs import depends
 from xdistil.models import CheckpointError, run_model
+from xdistil.provenance import depends
 from xdistil.students import build_student, check_shapes, sample_batches, student_config
 from xdistil.unfreeze import encoder_layers, word_embedding
 

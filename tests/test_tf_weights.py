@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from test_stages import run_stages, smoke_params
 
 from xdistil import cli, stages, views
-from xdistil.inputs import teacher_source
 from xdistil.models import (
     CheckpointError,
     from_config,
@@ -27,6 +26,7 @@ from xdistil.models import (
     run_model,
     save_model,
 )
+from xdistil.provenance import teacher_source
 from xdistil.runs import Run
 from xdistil.tf_weights import find_checkpoint, masked_crc32c, read_checkpoint
 from xdistil.unfreeze import layer_groups

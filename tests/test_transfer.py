@@ -9,7 +9,8 @@ from test_stages import TOY, finished_smoke_run, run_stages, smoke_params
 
 from xdistil import data, evaluate, models, transfer
 from xdistil.data import DataError, Sentences
-from xdistil.inputs import Inputs, depends
+from xdistil.inputs import Inputs
+from xdistil.provenance import depends
 from xdistil.runs import Run
 
 SIZES = np.array([600, 300, 90, 10])

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 
 from xdistil import data, models, stages, views, vocab
-from xdistil.inputs import Inputs, is_done
+from xdistil.inputs import Inputs
 from xdistil.models import CheckpointError, load_classifier, load_tokenizer, run_model, save_model
+from xdistil.provenance import is_done
 from xdistil.runs import Run
 from xdistil.unfreeze import word_embedding
 

@@ -13,8 +13,9 @@ from tqdm.contrib import DummyTqdmFile
 
 from xdistil import __version__
 from xdistil.files import read_json, save_atomic
-from xdistil.params import Params, Table, absolute_path, load_params, repo_root
+from xdistil.params import Params, absolute_path, load_params, repo_root
 from xdistil.runs import STAGES, Run, stages_of
+from xdistil.tables import Table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,7 +104,8 @@ def run_notebooks(params: Params) -> int:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
-    from xdistil import inputs, report, stages, views
+    from xdistil import report, stages, views
+    from xdistil.provenance import is_done
 
     run, start, ran, executed = Run(params), time.monotonic(), 0, Path(params.model_dir) / "notebooks"
     stages.check(params, run)
@@ -116,7 +118,7 @@ def run_notebooks(params: Params) -> int:
         verb, number = STAGES[name], list(STAGES).index(name) + 1
         notebook = executed / f"{number:02d}_{verb}.ipynb"
         bar.set_description(verb)
-        written = read_json(notebook, {}) if inputs.is_done(params, run, name) else {}
+        written = read_json(notebook, {}) if is_done(params, run, name) else {}
         papermill = written.get("metadata", {}).get("papermill", {})
         if papermill.get("end_time") and not papermill.get("exception"):
             tqdm.write(f"[{name}] done before with the same parameters and data", file=sys.stderr)

@@ -9,8 +9,9 @@ import torch
 from xdistil import data, models, students
 from xdistil.ensemble import hash_weights
 from xdistil.frozen import FrozenStates
-from xdistil.inputs import Inputs, teacher_dir
+from xdistil.inputs import Inputs
 from xdistil.params import Params, ParamsError, fingerprint
+from xdistil.provenance import teacher_dir
 from xdistil.runs import Run
 from xdistil.targets import TargetSpec, TargetStore
 from xdistil.training import Feed, to_device

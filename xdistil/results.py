@@ -7,8 +7,9 @@ import torch
 from xdistil import alarms, alignment, card, data, evaluate, export, models, students
 from xdistil.ensemble import Ensemble
 from xdistil.files import save_text
-from xdistil.inputs import Inputs, given_teacher
+from xdistil.inputs import Inputs
 from xdistil.params import Params
+from xdistil.provenance import given_teacher
 from xdistil.runs import Run, Stage, stage_before
 from xdistil.staging import as_stage, load_student
 

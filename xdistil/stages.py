@@ -19,8 +19,9 @@ from xdistil.feeds import (
 )
 from xdistil.files import save_atomic
 from xdistil.frozen import run_upper
-from xdistil.inputs import Inputs, is_done, teacher_dir, teacher_source
+from xdistil.inputs import Inputs
 from xdistil.params import Params
+from xdistil.provenance import is_done, teacher_dir, teacher_source
 from xdistil.results import compare_teachers, evaluate_student, export_student  # noqa: F401  two of the seven
 from xdistil.runs import INSTEAD, Run, Stage, baselines_of
 from xdistil.staging import as_stage, fit_stage, load_student, save_student

@@ -9,8 +9,9 @@ from accelerate.utils import set_seed
 from xdistil import alarms, models
 from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.files import save_json
-from xdistil.inputs import Inputs, depends
+from xdistil.inputs import Inputs
 from xdistil.params import Params
+from xdistil.provenance import depends
 from xdistil.runs import STAGES, Run, Stage, describe_changes, stage_before, stages_of
 from xdistil.training import Recipe, fit
 

@@ -10,9 +10,11 @@ from joblib import Parallel, delayed
 
 from xdistil import data, evaluate, stages
 from xdistil.files import save_json
-from xdistil.inputs import Inputs, is_done, task_file, teacher_dir
-from xdistil.params import Params, Table, load_params, repo_root
+from xdistil.inputs import Inputs
+from xdistil.params import Params, load_params, repo_root
+from xdistil.provenance import is_done, task_file, teacher_dir
 from xdistil.runs import Run
+from xdistil.tables import Table
 
 Cells = dict[str, list[Params]]  # by what is varied, one for each seed; the first is the base
 

@@ -6,8 +6,9 @@ import torch
 from xdistil import data, evaluate, models, stages, students, wordwise
 from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs
-from xdistil.params import Params, Table
+from xdistil.params import Params
 from xdistil.runs import Run, Stage, stages_of
+from xdistil.tables import Table
 
 
 def describe(params: Params, run: Run) -> list[Table]:
