@@ -258,7 +258,7 @@ def test_another_reading_has_other_targets(own, student, tmp_path):
 def test_a_trimmed_vocabulary_of_its_own_and_relations(own, student, smoke, tmp_path):  # noqa: F811
     params = own_params(tmp_path / "run", student, teacher_model_dir=str(own.parent / "given"), trim_vocab=True,
                         attention_loss="relation", hidden_loss="cka", freeze_word_embedding=True, train_limit=12,
-                        transfer_limit=20, hard_label_weight=0.5)
+                        transfer_limit=20, transfer_select="uncertain", hard_label_weight=0.5)
     run = run_stages(params)
     built, full = run.stage("student-init").metrics, len(load_tokenizer(student))
     assert built["pieces"] < full and len(load_tokenizer(run.dir / "student")) == built["pieces"]
