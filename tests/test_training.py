@@ -230,7 +230,7 @@ def test_history_records(tmp_path):
     assert list(dict.fromkeys((r["step"], r["step_name"]) for r in history)) == [(1, "head"), (2, "layer")]
     assert [r["epoch"] for r in history if r["kind"] == "eval"] == [0, 1, 2, 1, 2]
     assert [r["update"] for r in history if r["kind"] == "train"] == list(range(2, 17, 2)) and summary["updates"] == 16
-    assert summary.keys() == SPEED | {"metric", "score", "updates", "epochs"} and summary["epochs"] == 4
+    assert summary.keys() == SPEED | {"metric", "score", "updates", "epochs", "windows"} and summary["epochs"] == 4
     assert summary["score"] == min(r["score"] for r in history if r["kind"] == "eval")
 
 
