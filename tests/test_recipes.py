@@ -18,6 +18,7 @@ RECIPES = {  # the file or the flags, layer pairs, steps of unfreezing, class of
              "BiLstmForTokenClassification"),
     "2021": ("params/xtremedistil2021.yaml", [[s, s + 6] for s in range(7)], ["head", "all"],
              "BertForTokenClassification"),
+    "modern": ("params/modern.yaml", [[6, 12]], ["all"], "BertForTokenClassification"),
     "flags": ({"do_NER": True, "pt_teacher": "TFBertModel", "distil_attention": True, "distil_chunk_size": 10000,
                "distil_multi_hidden_states": True, "compress_word_embedding": True, "freeze_word_embedding": True},
               [[0, 0], [1, 6], [2, 12]], ["head", "all"], "BertForTokenClassification")}
@@ -48,5 +49,5 @@ def test_a_recipe_runs_to_the_end_and_needs_no_test_set_before(name, teacher_fol
         found = dict.fromkeys(row["step_name"] for row in run.stage(stage).history if row["kind"] == "eval")
         assert list(found) == steps, stage
     student = transformers.AutoModelForTokenClassification.from_pretrained(run.dir / "student")
-    assert type(student).__name__ == kind and student.config.vocab_size == len(tokenizer)
+    assert type(student).__name__ == kind and student.config.vocab_size == len(models.load_tokenizer(run.dir / "student"))
     assert len(run.stage("evaluation").metrics["student"]["test"]["by_language"]) == 2
