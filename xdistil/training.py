@@ -113,7 +113,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         evaluate: Callable[[nn.Module], dict], recipe: Recipe, steps: list[tuple[str, list[str]]], *,
         accelerator, folder: Path, name: str = "training", weights: dict[str, float] | None = None) -> dict:
     """Train through unfreezing steps, each with a fresh optimizer and ending with the best weights it saw. Returns
-    metric, score, updates, epochs, seconds, windows_per_second. FloatingPointError: the loss is no longer finite.
+    metric, score, updates, epochs, windows, seconds, windows_per_second. FloatingPointError: the loss is not finite.
     Args:
         terms: the loss terms of a batch, unweighted scalars by name; their weighted sum is the loss.
         evaluate: returns `metric` (a name) and `score`; lower is better where the name ends in "loss". The weights
