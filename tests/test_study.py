@@ -96,4 +96,4 @@ def test_the_command_runs_cells_through_their_notebooks(base, capsys):
     assert cli.main(arguments) == 0 and "2 cells done before, 0 to run" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["study", str(path), "--vary", "ft_lr"])
-    assert "--vary: invalid" in capsys.readouterr().err
+    assert "--vary: found 'ft_lr'; expected NAME=VALUE" in capsys.readouterr().err

@@ -58,8 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _factor(text: str) -> tuple[str, list]:
-    name, values = text.split("=", 1)
-    return name, yaml.safe_load(f"[{values}]")
+    name, _, values = text.partition("=")
+    try:
+        if values.strip():
+            return name, yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        pass
+    raise argparse.ArgumentTypeError(f"found {text!r}; expected NAME=VALUE,VALUE with values as in YAML")
 
 
 def main(arguments: list[str] | None = None) -> int:
