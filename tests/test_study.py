@@ -50,6 +50,9 @@ def test_one_parameter_at_a_time_with_each_seed(base):
             assert other - {"seed", "model_dir", "teacher_model_dir"} == ({"ft_lr"} if title != "base" else set())
     maps = study.plan(base, run, {"layer_map": [[[1, 2]], [[1, 4]]]}, [1])
     assert len({cell.model_dir for (cell,) in maps.values()}) == 3
+    both = {"attention_loss": "relation", "distil_attention": True}
+    (title, (cell,)) = list(study.plan(base, run, {"relations": both}, [1]).items())[1]
+    assert title == "relations" and cell.distil_attention and cell.model_dir == str(run.dir / "study/relations/1")
     with pytest.raises(ParamsError, match="unknown parameter 'temprature'; did you mean 'temperature'"):
         study.plan(base, run, {"temprature": [2]}, [1])
     assert not (run.dir / "study").exists()
@@ -68,6 +71,8 @@ def test_finished_cells_are_not_repeated_and_failed_ones_are_named(base, called)
     assert study.run_cells(base, run, cells).rows == table.rows and len(called) == 5
     assert (run.dir / "teacher/model.safetensors").stat().st_mtime_ns == before
     assert not (called[0] / "teacher/model.safetensors").exists()
+    scored = {(cell / "teacher/metrics.json").read_bytes() for cell in called}
+    assert len(scored) == 1  # with the seconds that it took: the teacher was scored once
     assert [(row["cell"], row["seed"]) for row in table.rows] == [
         ("base", 1), ("base", 2), ("ft_lr=0.001", 1), ("ft_lr=0.001", 2)]
     metrics = json.loads((called[1] / "evaluation/metrics.json").read_text())
@@ -86,14 +91,15 @@ def test_the_command_runs_cells_through_their_notebooks(base, capsys):
     values = {name: value for name, value in base if value is not None and name not in ("model_dir", "student_stages")}
     path = Path(base.model_dir) / "base.json"
     path.write_text(json.dumps({"experiment": values | {"student_stages": ["labels"]}}))
-    arguments = ["study", str(path), "--model_dir", base.model_dir, "--vary", "ft_lr=1e-3", "--seeds", "1", "--n_jobs",
-                 "2"]
+    arguments = ["study", str(path), "--model_dir", base.model_dir, "--vary", "ft_lr=1e-3", "--vary",
+                 "ft_lr=1e-3+ft_epochs=2", "--seeds", "1", "--n_jobs", "2"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "0 cells done before, 2 to run" in out and "difference" in out and "ft_lr=1e-3" in out
-    for cell in ("base", "ft_lr=1e-3"):
+    assert "0 cells done before, 3 to run" in out and "difference" in out and "ft_lr=1e-3" in out
+    for cell in ("base", "ft_lr=1e-3", "ft_lr=1e-3+ft_epochs=2"):
         assert (Path(base.model_dir) / "study" / cell / "1" / "report.html").is_file()
-    assert cli.main(arguments) == 0 and "2 cells done before, 0 to run" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.main(["study", str(path), "--vary", "ft_lr"])
-    assert "--vary: found 'ft_lr'; expected NAME=VALUE" in capsys.readouterr().err
+    assert cli.main(arguments) == 0 and "3 cells done before, 0 to run" in capsys.readouterr().out
+    for text in ("ft_lr", "ft_lr=1,2+seed=3", "ft_lr=1+seed"):
+        with pytest.raises(SystemExit):
+            cli.main(["study", str(path), "--vary", text])
+        assert f"--vary: found {text!r}; expected NAME=VALUE" in capsys.readouterr().err

@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{field}", default=argparse.SUPPRESS, help=text, **kind)
     study = commands.choices["study"]
     study.add_argument("--vary", action="append", required=True, type=_factor, metavar="NAME=V1,V2",
-                       help="a parameter and its other values, as in YAML; repeatable")
+                       help="a parameter and its other values, as in YAML, or NAME=V1+NAME=V2 for two at once; "
+                       "repeatable")
     study.add_argument("--seeds", default="1,2,3", help="of each cell (default: 1,2,3)")
     study.add_argument("--n_jobs", type=int, default=1, help="cells at a time, one thread each (default: 1)")
     export = commands.add_parser("export", help="write a student's ONNX files, float32 and int8", allow_abbrev=False)
@@ -57,14 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _factor(text: str) -> tuple[str, list]:
-    name, _, values = text.partition("=")
+def _factor(text: str) -> tuple[str, list | dict]:
     try:
-        if values.strip():
-            return name, yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError:
+        parts = [(name, yaml.safe_load(f"[{values}]"))
+                 for name, _, values in (part.partition("=") for part in text.split("+"))]
+        if all(values for _, values in parts):
+            return parts[0] if len(parts) == 1 else (text, {name: value for name, (value,) in parts})
+    except (yaml.YAMLError, ValueError):
         pass
-    raise argparse.ArgumentTypeError(f"found {text!r}; expected NAME=VALUE,VALUE with values as in YAML")
+    raise argparse.ArgumentTypeError(f"found {text!r}; expected NAME=VALUE,VALUE, or NAME=VALUE+NAME=VALUE for two at "
+                                     "once, with values as in YAML")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         stages.check(params, run := Run(params))
         if asked.command == "study":
-            cells = study.plan(params, run, dict(asked.vary), list(map(int, asked.seeds.split(","))))
+            vary = {}
+            for name, values in asked.vary:
+                vary[name] = values if isinstance(values, dict) else [*vary.get(name, ()), *values]
+            cells = study.plan(params, run, vary, list(map(int, asked.seeds.split(","))))
             print(study.run_cells(params, run, cells, asked.n_jobs))
             print(f"\n{Table(study.compare(params, run, cells), 'macro F1 on test above the base, 95 % interval')}")
             return 0

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +20,17 @@ from xdistil.tables import Table
 Cells = dict[str, list[Params]]  # by what is varied, one for each seed; the first is the base
 
 
-def plan(params: Params, run: Run, vary: dict[str, list], seeds: list[int]) -> Cells:
+def plan(params: Params, run: Run, vary: dict[str, list | dict], seeds: list[int]) -> Cells:
     """The cells around a run: itself ("base") and each value of each parameter, in MODEL_DIR/study/NAME=VALUE/SEED,
-    with its task and teacher. Raises ParamsError before any of them runs."""
+    with its task and teacher. What goes together is a mapping under a title: {"relations": {"distil_attention": True,
+    "attention_loss": "relation"}}. Raises ParamsError before any cell runs."""
     shared = {"task": str(task_file(params, run, "train").parent)}
     shared |= {"teacher_model_dir": str(teacher_dir(params, run))} if params.distil else {}
-    changes = {f"{name}={value}": {name: value} for name, values in vary.items() for value in values}
+    changes = {title: change for name, values in vary.items() for title, change in (
+        [(name, values)] if isinstance(values, dict) else [(f"{name}={value}", {name: value}) for value in values])}
     cells = {}
     for title, change in ({"base": {}} | changes).items():
-        folder = run.dir / "study" / re.sub(r"[^\w=.,-]+", "_", title)
+        folder = run.dir / "study" / re.sub(r"[^\w=.,+-]+", "_", title)
         asked = params.model_dump(exclude_none=True) | shared | change
         if title == "base" or load_params(params.model_dump(exclude_none=True), change) != params:
             cells[title] = [load_params(asked, {"seed": seed, "model_dir": str(folder / str(seed))}) for seed in seeds]
@@ -49,6 +52,11 @@ def run_cells(params: Params, run: Run, cells: Cells, n_jobs: int = 1) -> Table:
     """Fine-tune the teacher if it is not there, then run what is not finished, `n_jobs` cells at a time; macro F1 of
     each. Raises RuntimeError at the end, naming the logs of cells that failed."""
     stages.finetune_teacher(params, run)
+    first, *others = (Run(cell) for group in cells.values() for cell in group) if params.distil else [None]
+    scored = first and stages.finetune_teacher(first.params, first).dir  # once for all of them
+    for other in others:
+        if not other.stage("teacher").dir.exists():
+            shutil.copytree(scored, other.stage("teacher").dir)
     todo = [cell for group in cells.values() for cell in group if not is_done(cell, Run(cell), "student")]
     print(f"[study] {sum(map(len, cells.values())) - len(todo)} cells done before, {len(todo)} to run", flush=True)
     if failed := list(filter(None, Parallel(n_jobs, prefer="threads")(map(delayed(_run_cell), todo)))):
