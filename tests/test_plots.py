@@ -165,3 +165,15 @@ def test_intervals_have_a_row_each_a_line_at_zero_and_grey_where_nothing_is_show
     assert list(lines[0].get_xdata()) == pytest.approx([1, 3]) and lines[1].get_xdata()[0] == pytest.approx(2)
     assert [line.get_color() for line in lines[::2]] == [plots.TEACHER, plots.GREY, plots.STUDENT]
     assert texts(ax.texts) == ["+2.0", "+1.0", "-2.0"] and ax.yaxis_inverted()
+
+
+def test_minutes_are_means_over_runs_with_a_bar_from_the_least_to_the_most():
+    rows = [{"cell": cell, "minutes": x, "test": y} for cell, x, y in
+            (("long", 9, 80), ("long", 11, 84), ("short", 2, 70), ("other", 3, 60))]
+    fig = drawn(plots.plot_minutes(rows, "S", {"ours": ["long", "short"], "theirs": ["other"]}))
+    ours, theirs = fig.axes[0].containers
+    assert ours.lines[0].get_xydata().tolist() == [[2, 70], [10, 82]]
+    assert theirs.lines[0].get_xydata().tolist() == [[3, 60]]
+    assert [[y for _, y in bar] for bar in ours.lines[2][0].get_segments()] == [[70, 70], [80, 84]]
+    assert legend(fig) == ["ours", "theirs"] and fig.axes[0].get_xlabel().startswith("minutes")
+    assert legend(drawn(plots.plot_minutes(rows, "S"))) == ["long", "short", "other"]

@@ -77,6 +77,8 @@ def test_finished_cells_are_not_repeated_and_failed_ones_are_named(base, called)
         ("base", 1), ("base", 2), ("ft_lr=0.001", 1), ("ft_lr=0.001", 2)]
     metrics = json.loads((called[1] / "evaluation/metrics.json").read_text())
     assert table.rows[1]["test"] == 100 * metrics["student"]["test"]["macro"]
+    learnt = [json.loads((called[1] / name / "metrics.json").read_text()) for name in ("student-init", "labels")]
+    assert table.rows[1]["minutes"] * 60 == pytest.approx(sum(each["stage_seconds"] for each in learnt))
     (row,) = study.compare(base, run, cells)
     gain = sum((i // 2 * 2 - 1) * row["test"] / 200 for i, row in enumerate(table.rows))
     assert row["cell"] == "ft_lr=0.001" and row["difference"] == pytest.approx(gain, abs=1e-12)

@@ -201,6 +201,19 @@ def plot_intervals(rows, title):
     return fig
 
 
+def plot_minutes(rows, title, lines=None):
+    """Means over runs, with a bar from the least to the most. `rows`: a run each, its `cell`, `minutes` of learning
+    and `test` macro F1 (%); `lines`: {name: cells to connect}, None = each cell is a point."""
+    lines = lines or {cell: [cell] for cell in dict.fromkeys(row["cell"] for row in rows)}
+    fig, ax = _figure(title, 4.6, 8.5, xlabel="minutes of learning, all stages of the student",
+                      ylabel="test macro F1 (%)")
+    for (name, cells), colour in zip(lines.items(), itertools.cycle(CYCLE), strict=False):
+        runs = [np.array([(row["minutes"], row["test"]) for row in rows if row["cell"] == cell]).T for cell in cells]
+        x, y, least, most = np.array(sorted((m.mean(), f1.mean(), f1.min(), f1.max()) for m, f1 in runs)).T
+        ax.errorbar(x, y, (y - least, most - y), color=colour, marker="o", capsize=3, label=name)
+    return _legend(fig, 3)
+
+
 def plot_size_speed(teacher, student):
     """`teacher`, `student`: dicts of "parameters", "non_embedding" (counts), "mb" (megabytes), "ms_per_sentence" at
     batch 1, "sentences_per_second" and "test" with "macro" (F1, 0 to 1); a number may be None."""

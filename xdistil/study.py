@@ -14,7 +14,7 @@ from xdistil.files import save_json
 from xdistil.inputs import Inputs
 from xdistil.params import Params, load_params, repo_root
 from xdistil.provenance import is_done, task_file, teacher_dir
-from xdistil.runs import Run
+from xdistil.runs import Run, stages_of
 from xdistil.tables import Table
 
 Cells = dict[str, list[Params]]  # by what is varied, one for each seed; the first is the base
@@ -50,7 +50,7 @@ def _run_cell(cell: Params) -> str | None:
 
 def run_cells(params: Params, run: Run, cells: Cells, n_jobs: int = 1) -> Table:
     """Fine-tune the teacher if it is not there, then run what is not finished, `n_jobs` cells at a time; macro F1 of
-    each. Raises RuntimeError at the end, naming the logs of cells that failed."""
+    each and its minutes. Raises RuntimeError at the end, naming the logs of cells that failed."""
     stages.finetune_teacher(params, run)
     first, *others = (Run(cell) for group in cells.values() for cell in group) if params.distil else [None]
     scored = first and stages.finetune_teacher(first.params, first).dir  # once for all of them
@@ -61,10 +61,14 @@ def run_cells(params: Params, run: Run, cells: Cells, n_jobs: int = 1) -> Table:
     print(f"[study] {sum(map(len, cells.values())) - len(todo)} cells done before, {len(todo)} to run", flush=True)
     if failed := list(filter(None, Parallel(n_jobs, prefer="threads")(map(delayed(_run_cell), todo)))):
         raise RuntimeError(f"{len(failed)} cells failed; see {', '.join(failed)}, then call this again")
-    sides = [(title, cell.seed, Run(cell).stage("evaluation").metrics["student"])
-             for title, group in cells.items() for cell in group]
-    return Table([{"cell": title, "seed": seed, "macro F1 (%): dev": 100 * side["dev"]["macro"],
-                   "test": 100 * side["test"]["macro"]} for title, seed, side in sides], "the cells of the study")
+    return Table([{"cell": title, "seed": cell.seed, **_scores(cell)} for title, group in cells.items()
+                  for cell in group], "the cells of the study: macro F1 (%), and how long the student learnt")
+
+
+def _scores(cell: Params) -> dict[str, float]:
+    run, learnt = Run(cell), [name for name in stages_of(cell)[:-2] if name != "teacher"]
+    found = {name: 100 * run.stage("evaluation").metrics["student"][name]["macro"] for name in ("dev", "test")}
+    return found | {"minutes": sum(run.stage(name).metrics["stage_seconds"] for name in learnt) / 60}
 
 
 def compare(params: Params, run: Run, cells: Cells) -> list[dict]:
