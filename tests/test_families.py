@@ -371,6 +371,12 @@ def test_a_student_of_copied_layers(name, teacher_of, encoded, labels, accelerat
     assert len(groups["layer_1"]) >= 5 and not any("ffn" in n or "attn" in n for n in groups["embeddings"])
     if name == "modernbert":
         assert config.layer_types == [teacher.config.layer_types[i] for i in (1, 3)]
+    lowest = students.student_config(teacher.config, "teacher_layers", None, copied_layers=[1, 2], num_hidden_layers=2,
+                                     intermediate_size=None)
+    first, _ = students.build_student(lowest, teacher, "teacher_layers", None, labels, tokenizer, False)
+    batch = some(examples, tokenizer.pad_token_id)
+    below, states = (models.run_model(model.eval(), batch, True)[1] for model in (first, teacher))
+    torch.testing.assert_close(below[1], states[1])  # what its layers read is what they were trained to read
     kept = check_student(student, tokenizer, examples, accelerator, tmp_path)
     by_layers = name not in ("albert", "xlm", "xlnet")
     assert kept == [True, by_layers, False, False][: 2 + n_groups]

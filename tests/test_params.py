@@ -105,6 +105,7 @@ def test_the_limits_above_are_all_there_are():
     ({"student_init": "teacher_layers", "pt_student_checkpoint": "x/y"}, "student_init", "remove one of the two"),
     ({"student_init": "teacher_layers", "compress_word_embedding": True}, "compress_word_embedding",
      "set compress_word_embedding: false"),
+    ({"copied_layers": [1, 2, 3]}, "copied_layers", "set student_init: teacher_layers, or copied_layers: uniform"),
     ({"student_arch": "bilstm", "student_init": "teacher_layers"}, "student_arch", "set student_arch: transformer"),
     ({"student_arch": "bilstm", "pt_student_checkpoint": "x/y"}, "student_arch", "remove .* pt_student_checkpoint"),
     ({"projection_gelu": True, "hidden_loss": "cka"}, "projection_gelu", "set hidden_loss: mse, or projection_gelu"),
@@ -134,6 +135,7 @@ def test_combinations_next_to_the_impossible_ones_are_fine():
     assert load_params({"do_NER": False, "task": "x"}).unit == "text"
     assert load_params({"do_NER": False, "do_pairwise": True, "task": "x"}).unit == "pair"
     assert load_params({"student_init": "teacher_layers"}).initialisation == "teacher_layers"
+    assert load_params({"student_init": "teacher_layers", "copied_layers": "[1, 3,5]"}).copied_layers == [1, 3, 5]
 
 
 def test_several_errors_are_told_at_once():

@@ -14,6 +14,7 @@ from xdistil.models import CheckpointError, load_classifier, load_tokenizer, run
 from xdistil.students import (
     build_student,
     check_shapes,
+    copied,
     distil_terms,
     fit_projection,
     fold_head,
@@ -59,6 +60,19 @@ def save_pretrained_student(folder, words, labels, width):
     (3, 6, [[3, 5], [1, 2], [0, 2]], [(0, 2), (1, 2), (3, 5)])])
 def test_layers_are_paired(n_student, n_teacher, layer_map, pairs):
     assert spread(n_student, n_teacher, layer_map) == pairs
+
+
+@pytest.mark.parametrize("n_student, n_teacher, layers, wanted", [
+    (3, 12, "uniform", [4, 8, 12]), (3, 12, "lower", [1, 3, 5]), (6, 12, "lower", [1, 2, 3, 4, 5, 6]),
+    (4, 12, "lower", [1, 2, 4, 5]), (8, 12, "lower", [*range(1, 9)]), (1, 1, "lower", [1]), (2, 12, [2, 9], [2, 9])])
+def test_copied_layers(n_student, n_teacher, layers, wanted):
+    assert copied(layers, n_student, n_teacher) == wanted
+
+
+@pytest.mark.parametrize("layers", [[1, 2], [1, 2, 13], [2, 1, 3], [1, 1, 2]])
+def test_copied_layers_that_do_not_fit_are_named(layers):
+    with pytest.raises(CheckpointError, match=r"^copied_layers: found \[.*; name 3 layers .*of the teacher's 1..12"):
+        copied(layers, 3, 12)
 
 
 def test_uniform_pairs_never_meet_twice():

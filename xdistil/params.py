@@ -71,6 +71,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     embedding_size: int = _field(300, "width E of a bilstm's word embeddings", ge=8)
     hidden_size: int = _field(384, "student width H_s, from scratch or narrowed; of a bilstm: in each direction", ge=8)
     num_hidden_layers: int = _field(6, "student layers, from scratch or copied", ge=1)
+    copied_layers: Literal["uniform", "lower"] | list[Annotated[int, Field(ge=1)]] = _field(
+        "uniform", "teacher layers that are copied: by depth with the last, by depth in the lower half, or [1, 2, 6]")
     num_attention_heads: int = _field(12, "student attention heads, from scratch or narrowed", ge=1)
     intermediate_size: int | None = _field(None, "student feed-forward width; default: 4 x hidden_size", ge=8)
     dropout: float = _field(0.1, "dropout of the student; on attention maps 0 in stage 1", ge=0, lt=1)
@@ -121,7 +123,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
         "auto", "where teacher outputs are kept; auto: on disk, if they will be read again and that is faster")
     targets_cache_gb: float = _field(4.0, "GB (1e9 bytes) of kept teacher outputs; past it they are redone", ge=0)
 
-    @field_validator("layer_map", "layer_weights", mode="before")
+    @field_validator("copied_layers", "layer_map", "layer_weights", mode="before")
     @classmethod
     def _lists(cls, value):  # text on the command line
         return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
@@ -165,6 +167,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "set hidden_loss: mse, or projection_gelu: false"),
             (copied and compress, f"compress_word_embedding: student_init {init!r} takes the word embeddings with "
              "the layers; set compress_word_embedding: false"),
+            (self.copied_layers != "uniform" and not copied, f"copied_layers: no layers are copied with student_init "
+             f"{init!r}; set student_init: teacher_layers, or copied_layers: uniform"),
             (not self.distil and (compress or self.trim_vocab or not checkpoint), "distil: false fine-tunes "
              "pt_student_checkpoint as it is; name one, and set compress_word_embedding and trim_vocab: false"),
             (self.baselines and not self.distil, "baselines: distil: false is what they are; set baselines: false"),

@@ -59,7 +59,8 @@ def read_configs(params: Params, run: Run):
     models.check_class(params.distil and params.pt_teacher, teacher, parameter)
     student = students.student_config(teacher, params.initialisation, params.pt_student_checkpoint,
                                       params.student_arch, **params.pick(
-        "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
+        "embedding_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "copied_layers"))
     relation = params.distil_attention and params.attention_loss == "relation"
     students.check_shapes(teacher, student, seq_len=params.seq_len, init=params.initialisation,
                           compress=params.compress_word_embedding, distil_attention=params.distil_attention and

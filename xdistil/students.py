@@ -16,14 +16,15 @@ from xdistil.unfreeze import encoder_layers, layer_groups, word_embedding
 
 
 def student_config(teacher_config, init: str, checkpoint: str | None, arch: str = "transformer",
-                   embedding_size: int = 300, **sizes):
+                   embedding_size: int = 300, copied_layers="uniform", **sizes):
     """The student's config. `init` is checkpoint, scratch, teacher_layers or teacher_pca; `arch` transformer or
-    bilstm, which alone has an embedding_size; `sizes` are hidden_size (of a bilstm: in each direction),
-    num_hidden_layers, num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
+    bilstm, which alone has an embedding_size; `copied_layers` see `copied`; `sizes` are hidden_size (of a bilstm: in
+    each direction), num_hidden_layers, num_attention_heads and intermediate_size (None: 4 x hidden_size)."""
     if init != "scratch":
         named = "pt_student_checkpoint" if init == "checkpoint" else "student_init"
+        less = _narrower if init == "teacher_pca" else _shallower
         config = (models.load_config(checkpoint, named) if init == "checkpoint" else
-                  (_narrower if init == "teacher_pca" else _shallower)(teacher_config, **sizes))
+                  less(teacher_config, copied_layers=copied_layers, **sizes))
         if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES and not is_bilstm(config):
             raise models.CheckpointError(f"{named}: transformers has no token classifier for {config.model_type!r}, "
                                          "which can be a teacher only; choose a student of another family")
@@ -39,16 +40,18 @@ def student_config(teacher_config, init: str, checkpoint: str | None, arch: str 
 FEED_FORWARD = {"distilbert": "hidden_dim", "xlnet": "d_inner", "gpt2": "n_inner", "modernbert": ""}
 
 
-def _shallower(t, num_hidden_layers: int, intermediate_size: int | None, **_):
-    """The teacher's config with fewer layers, evenly spread, and perhaps a narrower feed-forward part."""
-    changed = {t.attribute_map.get("num_hidden_layers", "num_hidden_layers"): num_hidden_layers}
+def _shallower(t, num_hidden_layers: int, intermediate_size: int | None, copied_layers, **_):
+    """The teacher's config with fewer layers, which it names, and perhaps a narrower feed-forward part."""
+    layers = copied(copied_layers, num_hidden_layers, t.num_hidden_layers)
+    depth = t.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    changed = {depth: num_hidden_layers, "copied_layers": layers}  # a note in config.json as well
     width = FEED_FORWARD.get(t.model_type, "intermediate_size")
     if intermediate_size and not hasattr(t, width):
         raise models.CheckpointError(f"intermediate_size: {t.model_type!r} layers cannot be copied narrower; leave it "
                                      "out")
     changed |= {width: intermediate_size} if intermediate_size else {}
     if types := getattr(t, "layer_types", None):  # local or global attention (ModernBERT)
-        changed["layer_types"] = [types[i - 1] for _, i in spread(num_hidden_layers, len(types), "uniform")[1:]]
+        changed["layer_types"] = [types[i - 1] for i in layers]
     return type(t).from_dict(t.to_dict() | changed)
 
 
@@ -127,6 +130,19 @@ def spread(n_student: int, n_teacher: int, layer_map) -> list[tuple[int, int]]:
     return pairs
 
 
+def copied(layers, n_student: int, n_teacher: int) -> list[int]:
+    """The teacher layers 1..L_t, ascending, that a student's are copied from: "uniform" by depth with the last,
+    "lower" by depth in the lower half, a list is itself. Raises CheckpointError if it does not fit."""
+    if layers == "uniform":
+        return [t for _, t in spread(n_student, n_teacher, "uniform")[1:]]
+    if layers == "lower":
+        return [int(max(0.5 * n_teacher / n_student, 1) * (i + 0.5) + 0.5) for i in range(n_student)]
+    if sorted(set(layers)) != layers or len(layers) != n_student or layers[-1] > n_teacher:
+        raise models.CheckpointError(f"copied_layers: found {layers}; name {n_student} layers (num_hidden_layers) of "
+                                     f"the teacher's 1..{n_teacher}, each once and in order, or uniform or lower")
+    return layers
+
+
 def other_vocabulary(checkpoint: str, tokenizer, compress: bool):
     """The tokenizer of a student's checkpoint if it has another vocabulary than the teacher's. Raises CheckpointError
     if it has and `compress` is off."""
@@ -166,7 +182,7 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
             origin = "the teacher's"
         elif init == "teacher_pca":
             batches, wide = list(sample()), models.from_config(_shallower(
-                teacher.config, config.num_hidden_layers, config.intermediate_size), unit)
+                teacher.config, config.num_hidden_layers, config.intermediate_size, config.copied_layers), unit)
             copy_layers(teacher, wide)
             for model in (wide, student):
                 model.to(batches[0]["input_ids"].device)
@@ -184,13 +200,13 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
 
 @torch.no_grad()
 def copy_layers(teacher, student) -> None:
-    """Copy embeddings, head and evenly spread layers, the last included, into the student. A narrower feed-forward
-    part keeps the neurons with the largest product of incoming and outgoing weight norms."""
+    """Copy embeddings, head and the layers that the student's config names (`copied`) into the student. A narrower
+    feed-forward part keeps the neurons with the largest product of incoming and outgoing weight norms."""
     layers_t, layers_s, groups = encoder_layers(teacher), encoder_layers(student), dict(layer_groups(student))
     for name in groups["head"] + groups["embeddings"]:
         student.get_parameter(name).copy_(teacher.get_parameter(name))
-    for s, t in spread(len(layers_s), len(layers_t), "uniform")[1:]:
-        given, own = layers_t[t - 1].state_dict(), layers_s[s - 1].state_dict()
+    for layer, t in zip(layers_s, student.config.copied_layers, strict=False):  # ALBERT has one, again and again
+        given, own = layers_t[min(t, len(layers_t)) - 1].state_dict(), layer.state_dict()
         state = {name: given[name] for name in own}  # ModernBERT's first layer lacks a norm that others have
         inner = {name: i for name, w in own.items() for i, n in enumerate(w.shape) if n < given[name].shape[i]}
         if inner:
@@ -198,7 +214,7 @@ def copy_layers(teacher, student) -> None:
             narrow = next(own[name].shape[side] for name, side in inner.items())
             kept = torch.stack(norms).prod(0).topk(narrow).indices.sort().values
             state |= {name: state[name].index_select(side, kept) for name, side in inner.items()}
-        layers_s[s - 1].load_state_dict(state)
+        layer.load_state_dict(state)
 
 
 def make_projections(pairs: list[tuple[int, int]], widths: list[int], width_t: int, gelu: bool = False):
