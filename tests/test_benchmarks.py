@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from benchmarks import ours, peers, table, work
+from benchmarks import figures, ours, peers, table, work
+from test_plots import drawn, legend, texts
 
 TINY = work.Setting("tiny", work.Encoder(3, 16, 2, 32), work.Encoder(2, 8, 2, 24), 50, 16)
 
@@ -83,3 +84,17 @@ def test_the_table_says_what_was_not_measured():
     assert "| 3.00x / – |" in text and "TextBrewer" in text and "memory: too long" in text and "a / b" in text
     width = {line.count("|") for line in lines if line.startswith("| stage 1")}
     assert len(width) == 1
+
+
+def test_figures_have_bars_by_setting_and_lines_by_epoch():
+    rows = [{"setting": setting, "stage": "stage1", "name": name, "part": part, "seconds": seconds, "limit": limit}
+            for setting in ("big32", "big128") for name, part, seconds, limit in
+            (("loop", "first", 0.6, 4.0), ("ours", "first", 0.3, 2.0), ("ours", "later", 0.06, None))]
+    fig = drawn(figures.plot_rows(rows + [rows[0] | {"stage": "logits"}], "stage1", "seconds", "seconds"))
+    ax = fig.axes[0]
+    assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [[0.6] * 2, [0.3] * 2, [0.06] * 2]
+    assert texts(ax.get_xticklabels()) == ["big32", "big128"] and legend(fig)[-1] == "ours, later"
+    assert len(drawn(figures.plot_rows(rows, "stage1", "limit", "limit")).axes[0].containers) == 2
+    loop, ours = drawn(figures.plot_epochs(rows, "big128", 600, 3)).axes[0].lines
+    assert list(loop.get_ydata()) == pytest.approx([6, 12, 18])
+    assert list(ours.get_ydata()) == pytest.approx([3, 3.6, 4.2])

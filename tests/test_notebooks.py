@@ -127,13 +127,13 @@ def test_links_lead_somewhere(path):
 @each
 def test_names_of_the_library_exist_and_one_stage_is_called(path):
     source = "\n".join(without_magics(cell.source) for cell in code_cells(path))
-    imported = {name: module for module in ("stages", "views", "plots", "explore", "study")
-                for name in [module] if re.search(rf"\b{module}\b", source)}
+    places = {name: f"xdistil.{name}" for name in ("stages", "views", "plots", "study")} | {
+        "figures": "benchmarks.figures"}
     used = {(node.value.id, node.attr) for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported}
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in places}
     assert used
     for module, name in used:
-        assert callable(getattr(importlib.import_module(f"xdistil.{module}"), name, None)), f"{module}.{name}"
+        assert callable(getattr(importlib.import_module(places[module]), name, None)), f"{module}.{name}"
     if path.stem in NUMBERED:
         verb = path.stem[3:]
         more = {"run_baselines"} if verb == "evaluate_student" else set()

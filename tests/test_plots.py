@@ -142,20 +142,6 @@ def test_size_speed_has_three_panels_and_takes_missing_numbers():
     assert texts(single.texts) == ["40", "5"] and batch.get_ylabel() == "sentences per second"
 
 
-def test_benchmark_has_bars_by_setting_and_lines_by_epoch():
-    rows = [{"setting": setting, "stage": "stage1", "name": name, "part": part, "seconds": seconds, "limit": limit}
-            for setting in ("big32", "big128") for name, part, seconds, limit in
-            (("loop", "first", 0.6, 4.0), ("ours", "first", 0.3, 2.0), ("ours", "later", 0.06, None))]
-    fig = drawn(plots.plot_benchmark(rows + [rows[0] | {"stage": "logits"}], "stage1", "seconds", "seconds"))
-    ax = fig.axes[0]
-    assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [[0.6] * 2, [0.3] * 2, [0.06] * 2]
-    assert texts(ax.get_xticklabels()) == ["big32", "big128"] and legend(fig)[-1] == "ours, later"
-    assert len(drawn(plots.plot_benchmark(rows, "stage1", "limit", "limit")).axes[0].containers) == 2
-    loop, ours = drawn(plots.plot_benchmark_epochs(rows, "big128", 600, 3)).axes[0].lines
-    assert list(loop.get_ydata()) == pytest.approx([6, 12, 18])
-    assert list(ours.get_ydata()) == pytest.approx([3, 3.6, 4.2])
-
-
 def test_intervals_have_a_row_each_a_line_at_zero_and_grey_where_nothing_is_shown():
     rows = [{"cell": name, "difference": x, "low": low, "high": high} for name, x, low, high in
             (("a=1", 0.02, 0.01, 0.03), ("b", 0.01, -0.01, 0.02), ("c", -0.02, -0.05, -0.01))]
