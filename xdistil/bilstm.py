@@ -1,5 +1,5 @@
 """The student of XtremeDistil (2004.05686): word-piece embeddings of width E under a BiLSTM of H units a direction.
-A Hugging Face model like any other, which the auto classes load once `import xdistil` has been run. It has no
+A Hugging Face model like any other, which the auto classes load once `import xdistil.bilstm` has been run. It has no
 attention maps; padding stands on the right and reaches no real token."""
 
 from collections import OrderedDict
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput, TokenClassifierOutput
+from transformers.modeling_layers import GenericForTokenClassification
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
 
@@ -59,7 +60,7 @@ class BiLstmLayer(nn.Module):
 class BiLstmPreTrainedModel(PreTrainedModel):
     """What both models share."""
 
-    config_class, base_model_prefix, _input_embed_layer = BiLstmConfig, "bilstm", "word_embeddings"
+    config_class, base_model_prefix, _input_embed_layer = BiLstmConfig, "model", "word_embeddings"
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -89,20 +90,12 @@ class BiLstmModel(BiLstmPreTrainedModel):
         return BaseModelOutput(last_hidden_state=states[-1], hidden_states=tuple(states) if wanted else None)
 
 
-class BiLstmForTokenClassification(BiLstmPreTrainedModel):
+class BiLstmForTokenClassification(GenericForTokenClassification, BiLstmPreTrainedModel):
     """A linear head on the last states."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.bilstm, self.classifier = BiLstmModel(config), nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(self, input_ids, attention_mask=None, labels=None, output_hidden_states=None, **_):
-        out = self.bilstm(input_ids, attention_mask, output_hidden_states, return_dict=True)
-        logits = self.classifier(out.last_hidden_state)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.transpose(1, 2), labels)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+        self.dropout = nn.Identity()  # the last layer has its own
 
 
 AutoConfig.register(BiLstmConfig.model_type, BiLstmConfig, exist_ok=True)
