@@ -150,11 +150,11 @@ def test_one_class_is_one_clear_error(tmp_path):
     for content in ("yes\n", "", "yes\nno\nyes\n"):
         path = write(tmp_path, content, "labels.tsv")
         with pytest.raises(DataError, match=f"^{re.escape(str(path))}: found .*two or more distinct classes"):
-            texts.read_classes(path)
+            data.read_labels(path, "text")
     with pytest.raises(DataError, match="train.tsv: no text in this file"):
         texts.read_texts(write(tmp_path, "\n \n"), "text", ["no", "yes"])
     with pytest.raises(DataError, match="labels.tsv: no such file"):
-        texts.read_classes(tmp_path / "none" / "labels.tsv")
+        data.read_labels(tmp_path / "none" / "labels.tsv", "text")
 
 
 @pytest.mark.parametrize("values, message", [
@@ -174,7 +174,7 @@ def test_tasks_at_odds_name_both_parameters(values, message):
                           "transfer": 8000})])
 def test_real_tasks_are_read_whole(shared, unit, folder, counts):
     folder = shared / "data" / folder
-    classes = texts.read_classes(folder / "labels.tsv")
+    classes = data.read_labels(folder / "labels.tsv", "text")
     for name in ("train", "dev", "test"):
         tags = [label for (label,) in texts.read_texts(folder / f"{name}.tsv", unit, classes).tags]
         assert [tags.count(name) for name in classes] == counts[name]

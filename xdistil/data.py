@@ -58,12 +58,13 @@ def read_lines(path) -> Iterator[tuple[int, str]]:
                                 "as UTF-8") from None
 
 
-def read_labels(path: Path) -> list[str]:
-    """Label names, one a line: O, B-TYPE and I-TYPE. Raises DataError for anything else."""
+def read_labels(path: Path, unit: str = "word") -> list[str]:
+    """Two or more labels, one a line: of words O, B-TYPE and I-TYPE. Raises DataError for anything else."""
     labels = [line.strip() for _, line in read_lines(path) if line.strip()]
-    wrong = [x for x in labels if x != "O" and x[:2] not in ("B-", "I-")]
-    if not labels or wrong or len(set(labels)) != len(labels):
-        raise DataError(f"{path}: found {wrong or labels}; expected distinct O, B-TYPE, I-TYPE, one a line")
+    wrong = [x for x in labels if unit == "word" and x != "O" and x[:2] not in ("B-", "I-")]
+    if wrong or len(labels) < 2 or len(set(labels)) != len(labels):
+        due = "distinct O, B-TYPE, I-TYPE" if unit == "word" else "two or more distinct classes"
+        raise DataError(f"{path}: found {wrong or labels}; expected {due}, one a line")
     return labels
 
 

@@ -25,8 +25,7 @@ class Inputs:
         self.params, self.run, self.read = params, run, functools.cache(self._encoded)
         source, parameter = teacher_source(params, run)
         self.by_word = params.unit == "word"
-        self.listed = self.labels = (data.read_labels if self.by_word else texts.read_classes)(
-            task_file(params, run, "labels"))
+        self.listed = self.labels = data.read_labels(task_file(params, run, "labels"), params.unit)
         known = (config := models.load_config(source, parameter)).id2label
         if parameter == "teacher_model_dir":
             models.check_task(config, source, parameter, self.labels, params.unit)

@@ -13,14 +13,6 @@ from xdistil.losses import IGNORED
 FORM = {"text": "text", "pair": "text<TAB>text"}  # what a line of each unit begins with
 
 
-def read_classes(path) -> list[str]:
-    """Names of classes, one a line. Raises DataError unless they are distinct and at least two."""
-    classes = [line.strip() for _, line in read_lines(path) if line.strip()]
-    if len(classes) < 2 or len(set(classes)) != len(classes):
-        raise DataError(f"{path}: found {classes}; expected two or more distinct classes, one a line")
-    return classes
-
-
 def split_line(line: str, unit: str, place: str) -> tuple[str, list[str]]:
     """The text or pair that a line begins with, and further columns. Raises DataError, naming the place, without."""
     columns, n = [column.strip() for column in line.split("\t")], 1 + FORM[unit].count("<TAB>")
