@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import torch
 
-from xdistil import data, models, students
+from xdistil import data, grouping, models, students
 from xdistil.ensemble import hash_weights
 from xdistil.frozen import FrozenStates
 from xdistil.inputs import Inputs
@@ -71,11 +71,17 @@ def from_frozen(params: Params, student, examples, pad_id: int, accelerator):
     return through
 
 
-def labelled_feed(params: Params, student, inputs: Inputs, accelerator, name: str = "train") -> Feed:
-    """Train or dev in batches for stage 3, with what the student's frozen layers say."""
-    examples, feed = inputs.read(name)[1], inputs.labelled(params.student_ft_batch_size, accelerator, name)
-    through = from_frozen(params, student, examples, inputs.pad_id, accelerator)
-    return Feed(through(np.arange(len(examples)), feed.batches), feed.n_windows)
+def labelled_feed(params: Params, model, inputs: Inputs, batch_size: int, accelerator, name: str = "train") -> Feed:
+    """Train or dev in batches, with what the model's frozen layers say."""
+    examples = inputs.read(name)[1]
+    shapes = grouping.grid(examples.lengths, batch_size, grouping.shapes_for(accelerator))
+
+    def batches(pass_number: int, _chunk: int):
+        for rows, width in grouping.batches(examples.lengths, shapes, params.seed + 7919 * pass_number):
+            yield data.collate(examples, rows, inputs.pad_id, width)
+
+    through = from_frozen(params, model, examples, inputs.pad_id, accelerator)
+    return Feed(through(np.arange(len(examples)), batches), len(examples))
 
 
 def with_labelled(batches, labelled: Feed):

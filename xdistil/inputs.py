@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from xdistil import alarms, data, ensemble, evaluate, grouping, models, students, texts, tf_weights, transfer, vocab
+from xdistil import alarms, data, ensemble, evaluate, models, students, texts, tf_weights, transfer, vocab
 from xdistil.devices import open_accelerator
 from xdistil.files import read_json, save_json
 from xdistil.params import Params, fingerprint
 from xdistil.provenance import hash_input, is_done, task_file, teacher_source
 from xdistil.runs import Run, Stage
-from xdistil.training import Feed
 
 KEPT_IDS = "kept_ids.json"  # beside a student of a trimmed vocabulary: the teacher's ids of its pieces
 
@@ -162,14 +161,3 @@ class Inputs:
         scores, _ = self.score(model, "dev", accelerator)
         others = {name: scores[name] for name in evaluate.MEANS if name in scores and name != "macro"}
         return {"metric": "dev macro F1", "score": scores["macro"], **others}
-
-    def labelled(self, batch_size: int, accelerator, name: str = "train") -> Feed:
-        """The training set, or dev, as a feed for `fit`."""
-        _, examples = self.read(name)
-        shapes = grouping.grid(examples.lengths, batch_size, grouping.shapes_for(accelerator))
-
-        def batches(pass_number: int, _chunk: int):
-            for rows, width in grouping.batches(examples.lengths, shapes, self.params.seed + 7919 * pass_number):
-                yield data.collate(examples, rows, self.pad_id, width)
-
-        return Feed(batches, len(examples))

@@ -43,7 +43,7 @@ def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     if parameter == "teacher_model_dir":
         stage.say(f"fine-tuning skipped: {source} holds a fine-tuned teacher")
     else:
-        feed = inputs.labelled(params.teacher_batch_size, accelerator)
+        feed = labelled_feed(params, teacher, inputs, params.teacher_batch_size, accelerator)
         judge = functools.partial(inputs.dev_f1, accelerator)
         summary = fit_stage(params, stage, accelerator, teacher, _label_terms, feed, judge, params.teacher_epochs or
                             params.ft_epochs, params.teacher_lr, [("all", list(dict(teacher.named_parameters())))])
@@ -163,7 +163,8 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     through = from_frozen(params, student, inputs.read("transfer")[1], inputs.pad_id, accelerator)
     feed, held_out = transfer_feeds(params, store, *windows, through)
     if params.hard_label_weight:
-        train, dev = (labelled_feed(params, student, inputs, accelerator, name) for name in ("train", "dev"))
+        train, dev = (labelled_feed(params, student, inputs, params.student_ft_batch_size, accelerator, name)
+                      for name in ("train", "dev"))
         feed = Feed(with_labelled(feed.batches, train), feed.n_windows, feed.n_chunks)
         held_out = with_labelled(lambda *_, own=held_out: own(), dev)
     loss = {"mse": losses.logit_mse, "kl": functools.partial(losses.logit_kl, temperature=params.temperature)}
@@ -187,7 +188,7 @@ def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     """5. Stage 3: cross-entropy on labels, with gradual unfreezing; dev F1 selects."""
     inputs = Inputs(params, run)
     student, steps = _student_and_steps(params, run, "labels", inputs, accelerator.device)
-    feed = labelled_feed(params, student, inputs, accelerator)
+    feed = labelled_feed(params, student, inputs, params.student_ft_batch_size, accelerator)
     judge = functools.partial(inputs.dev_f1, accelerator)
     summary = fit_stage(params, stage, accelerator, student, _label_terms, feed, judge, params.ft_epochs, params.ft_lr,
                         steps)
