@@ -6,17 +6,8 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import nn
 
-from xdistil import alarms, alignment, dropout, embeddings, losses, models, students, wordwise
+from xdistil import alarms, alignment, dropout, embeddings, feeds, losses, models, students, wordwise
 from xdistil.devices import open_accelerator
-from xdistil.feeds import (
-    from_frozen,
-    held_out_loss,
-    labelled_feed,
-    layer_pairs,
-    transfer,
-    transfer_feeds,
-    with_labelled,
-)
 from xdistil.files import save_atomic
 from xdistil.frozen import run_upper
 from xdistil.inputs import Inputs
@@ -43,7 +34,7 @@ def finetune_teacher(params: Params, run: Run, stage: Stage, accelerator):
     if parameter == "teacher_model_dir":
         stage.say(f"fine-tuning skipped: {source} holds a fine-tuned teacher")
     else:
-        feed = labelled_feed(params, teacher, inputs, params.teacher_batch_size, accelerator)
+        feed = feeds.labelled_feed(params, teacher, inputs, params.teacher_batch_size, accelerator)
         judge = functools.partial(inputs.dev_f1, accelerator)
         summary = fit_stage(params, stage, accelerator, teacher, _label_terms, feed, judge, params.teacher_epochs or
                             params.ft_epochs, params.teacher_lr, [("all", list(dict(teacher.named_parameters())))])
@@ -66,7 +57,7 @@ def read_configs(params: Params, run: Run):
                           compress=params.compress_word_embedding, distil_attention=params.distil_attention and
                           not relation, relation_heads=params.relation_heads if relation else None,
                           own_tokenizer=params.student_tokenizer == "own")
-    layer_pairs(params, teacher, student)
+    feeds.layer_pairs(params, teacher, student)
     return teacher, student
 
 
@@ -114,7 +105,7 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     inputs, device = Inputs(params, run), accelerator.device
     teacher = models.prepare_to_answer(inputs.load_teacher(), accelerator, exact=False)
     student = load_student(run, "hidden", inputs, device)
-    hidden, attention, weights, spec = layer_pairs(params, teacher.config, student.config)
+    hidden, attention, weights, spec = feeds.layer_pairs(params, teacher.config, student.config)
     for model in (teacher, student) if spec.attention else ():
         models.return_maps(model)
     dropout.set_dropout(student, hidden=params.dropout, attention=0.0)
@@ -122,14 +113,14 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     projections = students.make_projections(projected, students.state_widths(student.config),
                                             teacher.config.hidden_size, params.projection_gelu)
     both = nn.ModuleDict({"student": student, "projections": projections}).to(device)
-    store, *windows = transfer(params, run, inputs, lambda: teacher, spec, accelerator)
-    feed, held_out = transfer_feeds(params, store, *windows)
+    store, *windows = feeds.transfer(params, run, inputs, lambda: teacher, spec, accelerator)
+    feed, held_out = feeds.transfer_feeds(params, store, *windows)
     terms = students.distil_terms(hidden, attention, params.hidden_loss, params.attention_loss, params.relation_heads)
     fixed = {f"student.{n}" for n in (*dict(layer_groups(student))["head"], *_frozen_words(params, student))}
     measure = accelerator.autocast()(functools.partial(
         alignment.measure_alignment, teacher, student, projections, inputs.read("dev")[1], inputs.pad_id, device,
         hidden_pairs=hidden, attention_pairs=attention if spec.attention else ()))
-    before, judge = measure(), held_out_loss(terms, held_out, weights, accelerator)
+    before, judge = measure(), feeds.held_out_loss(terms, held_out, weights, accelerator)
     learning = [name for name, _ in both.named_parameters() if name not in fixed]
     summary = fit_stage(params, stage, accelerator, both, terms, feed, judge, params.distil_epochs, params.distil_lr,
                         [("all", learning)], weights)
@@ -158,15 +149,17 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     inputs = Inputs(params, run)
     student, steps = _student_and_steps(params, run, "logits", inputs, accelerator.device)
 
-    store, *windows = transfer(params, run, inputs, lambda: models.prepare_to_answer(  # seldom called: stage 1 left
-        inputs.load_teacher(), accelerator, exact=False), TargetSpec(), accelerator)  # its logits
-    through = from_frozen(params, student, inputs.read("transfer")[1], inputs.pad_id, accelerator)
-    feed, held_out = transfer_feeds(params, store, *windows, through)
+    def load_teacher():  # seldom called: stage 1 left its logits
+        return models.prepare_to_answer(inputs.load_teacher(), accelerator, exact=False)
+
+    store, *windows = feeds.transfer(params, run, inputs, load_teacher, TargetSpec(), accelerator)
+    through = feeds.from_frozen(params, student, inputs.read("transfer")[1], inputs.pad_id, accelerator)
+    feed, held_out = feeds.transfer_feeds(params, store, *windows, through)
     if params.hard_label_weight:
-        train, dev = (labelled_feed(params, student, inputs, params.student_ft_batch_size, accelerator, name)
+        train, dev = (feeds.labelled_feed(params, student, inputs, params.student_ft_batch_size, accelerator, name)
                       for name in ("train", "dev"))
-        feed = Feed(with_labelled(feed.batches, train), feed.n_windows, feed.n_chunks)
-        held_out = with_labelled(lambda *_, own=held_out: own(), dev)
+        feed = Feed(feeds.with_labelled(feed.batches, train), feed.n_windows, feed.n_chunks)
+        held_out = feeds.with_labelled(lambda *_, own=held_out: own(), dev)
     loss = {"mse": losses.logit_mse, "kl": functools.partial(losses.logit_kl, temperature=params.temperature)}
 
     def terms(model, batch):
@@ -176,7 +169,7 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
         return values | (_label_terms(model, part(batch, "labelled_")) if params.hard_label_weight else {})
 
     weights = {"labels": params.hard_label_weight}
-    judge = held_out_loss(terms, held_out, weights, accelerator)
+    judge = feeds.held_out_loss(terms, held_out, weights, accelerator)
     summary = fit_stage(params, stage, accelerator, student, terms, feed, judge, params.distil_epochs, params.logit_lr,
                         steps, weights)
     found = save_student(stage, student, inputs, accelerator) | summary | {"teacher_windows": store.asked}
@@ -188,7 +181,7 @@ def finetune_student(params: Params, run: Run, stage: Stage, accelerator):
     """5. Stage 3: cross-entropy on labels, with gradual unfreezing; dev F1 selects."""
     inputs = Inputs(params, run)
     student, steps = _student_and_steps(params, run, "labels", inputs, accelerator.device)
-    feed = labelled_feed(params, student, inputs, params.student_ft_batch_size, accelerator)
+    feed = feeds.labelled_feed(params, student, inputs, params.student_ft_batch_size, accelerator)
     judge = functools.partial(inputs.dev_f1, accelerator)
     summary = fit_stage(params, stage, accelerator, student, _label_terms, feed, judge, params.ft_epochs, params.ft_lr,
                         steps)
