@@ -79,13 +79,8 @@ def build_student(params: Params, run: Run, stage: Stage, accelerator):
         examples = inputs.read("transfer")[1]
         return students.sample_batches(examples, np.arange(len(examples)), inputs.pad_id, accelerator)
 
-    if params.student_tokenizer == "own":
-        student, origin = models.load_classifier(params.pt_student_checkpoint, inputs.labels, "pt_student_checkpoint",
-                                                 params.unit), "the student's own"
-    else:
-        student, origin = students.build_student(config, teacher, params.initialisation, params.pt_student_checkpoint,
-                                                 inputs.labels, inputs.tokenizer, params.compress_word_embedding,
-                                                 sample)
+    student, origin = students.build_student(config, teacher, params.initialisation, params.pt_student_checkpoint,
+                                             inputs.labels, inputs.tokenizer, params.compress_word_embedding, sample)
     _, spectrum = embeddings.compress(word_embedding(teacher), 1)
     trimmed = inputs.trim_vocab(student, stage, accelerator) if params.trim_vocab else {}
     models.save_model(student, inputs.tokenizer, stage.dir)

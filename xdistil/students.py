@@ -159,19 +159,20 @@ def other_vocabulary(checkpoint: str, tokenizer, compress: bool):
 @torch.no_grad()
 def build_student(config, teacher, init: str, checkpoint: str | None, labels: list[str], tokenizer,
                   compress: bool, sample=None) -> tuple[nn.Module, str]:
-    """The student on the teacher's vocabulary, and where its word embeddings come from; `sample` gives batches of text
-    to narrow by, on one device. Raises CheckpointError if a checkpoint's vocabulary is not the teacher's and
-    `compress` is off."""
+    """The student on the vocabulary of the tokenizer, and where its word embeddings come from; `sample` gives batches
+    of text to narrow by, on one device. Raises CheckpointError if a checkpoint has another vocabulary and `compress`
+    is off."""
     words, origin, unit = word_embedding(teacher), "random", models.unit_of(teacher.config)
     if init == "checkpoint":
         student = models.load_classifier(checkpoint, labels, "pt_student_checkpoint", unit)
-        new, origin = word_embedding(student).clone(), "the student's own"
+        origin = "the student's own"
         if other := other_vocabulary(checkpoint, tokenizer, compress):
             ours, theirs = (t.convert_ids_to_tokens(list(range(len(t)))) for t in (tokenizer, other))
-            new, n_shared = embeddings.map_to_student(words[: len(ours)], ours, new[: len(theirs)], theirs)
+            own = word_embedding(student)[: len(theirs)]
+            new, n_shared = embeddings.map_to_student(words[: len(ours)], ours, own, theirs)
+            student.resize_token_embeddings(len(words), mean_resizing=False)
+            word_embedding(student)[: len(new)] = new
             origin = f"the teacher's, mapped by {n_shared} shared pieces"
-        student.resize_token_embeddings(len(words), mean_resizing=False)
-        word_embedding(student)[: len(new)] = new
     else:
         config.vocab_size = len(words)
         config.id2label, config.label2id = teacher.config.id2label, teacher.config.label2id
