@@ -39,14 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
                        "repeatable")
     study.add_argument("--seeds", default="1,2,3", help="of each cell (default: 1,2,3)")
     study.add_argument("--n_jobs", type=int, default=1, help="cells at a time, one thread each (default: 1)")
-    export = commands.add_parser("export", help="write a student's ONNX files, float32 and int8", allow_abbrev=False)
-    export.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
-    push = commands.add_parser("push", help="upload a student to the Hugging Face hub", allow_abbrev=False)
-    push.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
+    for name, text in (("export", "write a student's ONNX files, float32 and int8"),
+                       ("push", "upload a student to the Hugging Face hub"),
+                       ("predict", "label words, texts or pairs with a student")):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
+    push, predict = commands.choices["push"], commands.choices["predict"]
     push.add_argument("repo", help="USER/NAME on the hub; made if it is not there")
     push.add_argument("--public", action="store_true", help="visible to everyone; default: private")
-    predict = commands.add_parser("predict", help="label words, texts or pairs with a student", allow_abbrev=False)
-    predict.add_argument("student_dir", help="folder of a finished student: MODEL_DIR/student")
     predict.add_argument("input", help="text<TAB>anything, one sentence or text a line, of a student of pairs "
                          "text<TAB>text<TAB>anything; - for stdin")
     predict.add_argument("-o", "--output", default="-", help="words<TAB>tags or text<TAB>label lines; - for stdout")
@@ -99,12 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         print(*views.describe(params, run), views.needs(params, run), sep="\n\n")
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"xdistil: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"xdistil: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, RuntimeError) else 2
     except KeyboardInterrupt:
         print("xdistil: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
