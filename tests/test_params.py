@@ -117,8 +117,7 @@ def test_the_limits_above_are_all_there_are():
     ({"hidden_weight": 0, "distil_attention": True, "attention_weight": 0}, "hidden_weight", "attention_weight: 1"),
     ({"language_temperature": 2}, "transfer_limit", "set it, or transfer_select: random and language_temperature: 1"),
     ({"transfer_select": "uncertain"}, "transfer_limit", "without it all text is used"),
-    ({"augment_mentions": 1, "do_NER": False, "task": "x"}, "augment_mentions", "set augment_mentions: 0, or do_NER"),
-    ({"opt_policy": "mixed_float16", "device": "cpu"}, "opt_policy", "set opt_policy: mixed_bfloat16 or float32")])
+    ({"augment_mentions": 1, "do_NER": False, "task": "x"}, "augment_mentions", "set augment_mentions: 0, or do_NER")])
 def test_impossible_combinations_name_parameter_and_remedy(values, parameter, remedy):
     with pytest.raises(ParamsError, match=f"^{parameter}: .*{remedy}"):
         load_params(values)
@@ -128,7 +127,6 @@ def test_combinations_next_to_the_impossible_ones_are_fine():
     load_params({"student_init": "teacher_layers", "freeze_word_embedding": True})
     load_params({"hidden_weight": 0, "distil_attention": True})
     load_params({"compress_word_embedding": True, "freeze_word_embedding": True})
-    load_params({"opt_policy": "mixed_float16", "device": "cuda"})
     load_params({"student_arch": "bilstm", "hidden_size": 20})  # without heads nothing has to be divisible
     assert load_params({"pt_student_checkpoint": "x/y", "hidden_size": 20}).initialisation == "checkpoint"
     assert load_params({}).initialisation == "scratch" and load_params({}).unit == "word"
