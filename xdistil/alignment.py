@@ -9,11 +9,9 @@ from xdistil import data, losses, models, wordwise
 def linear_cka(rows, columns) -> list[list[float]]:
     """Linear centred kernel alignment (Kornblith et al. 2019), 0..1, of each of `rows` (each [n, H]) with each of
     `columns` (the same n, any H); 0 where all n are the same."""
-    def unit(states):
-        return losses.unit_states(states.double(), states.new_ones(len(states), 1))
-
-    columns = list(map(unit, columns))
-    return [[float(torch.linalg.norm(y.T @ x) ** 2) for y in columns] for x in map(unit, rows)]
+    columns = [losses.unit_states(y.double()) for y in columns]
+    units = (losses.unit_states(x.double()) for x in rows)  # one at a time: all would be many times the models
+    return [[float(torch.linalg.norm(y.T @ x) ** 2) for y in columns] for x in units]
 
 
 @torch.inference_mode()
@@ -51,7 +49,7 @@ def measure_alignment(teacher, student, projections, examples: data.Examples, pa
     kl = np.average(divergence, axis=0, weights=weights).tolist()
     ours, theirs = torch.cat(answers, 1)
     tops = [all_s[-1], all_t[dict(hidden_pairs).get(len(all_s) - 1, -1)]]
-    units = [losses.unit_states(x.double(), x.new_ones(len(x), 1)) for x in tops]
+    units = [losses.unit_states(x.double()) for x in tops]
     return {"cka": linear_cka(all_t, all_s), "cosine": cosine, "attention_kl": kl, "hidden_pairs": hidden_pairs,
             "attention_pairs": attention_pairs, "rank": [float(x.square().sum() ** 2) for x in units],
             "spread": [float((x - x.mean(0)).norm() / x.norm().clamp(min=1e-12)) for x in tops], "words": len(ours),

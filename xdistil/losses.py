@@ -43,9 +43,10 @@ def hidden_cosine(student, teacher, mask):
     return masked_mean(1 - F.cosine_similarity(student, teacher, dim=-1), mask)
 
 
-def unit_states(states, real):
-    """States [n, H] where `real` [n, 1] is 1, centred and scaled so that |X'X|_F = 1, zeros elsewhere; the linear CKA
-    (Kornblith et al. 2019) of two such X and Y is |Y'X|_F^2. All zeros where all n are the same."""
+def unit_states(states, real=None):
+    """States [n, H] where `real` [n, 1] is 1 (default: all), centred and scaled so that |X'X|_F = 1, zeros elsewhere;
+    the linear CKA (Kornblith et al. 2019) of two such X and Y is |Y'X|_F^2. All zeros where all n are the same."""
+    real = states.new_ones(len(states), 1) if real is None else real
     states = states.where(real > 0, 0.0)
     states = (states - states.sum(0) / real.sum().clamp(min=1)).where(real > 0, 0.0)
     states = states / torch.linalg.norm(states).clamp(min=1e-12)  # no square below over- or underflows
