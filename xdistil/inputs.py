@@ -105,9 +105,13 @@ class Inputs:
             if p.transfer_select == "uncertain" and is_done(p, self.run, "teacher"):
                 rank = np.argsort(-self._uncertainty(path, text), kind="stable")
             words = [words[i] for i in transfer.select(rank, text.languages, p.transfer_limit, p.language_temperature)]
-        if p.transfer_train or p.augment_mentions:
-            train, dev = self.sentences("train"), self.sentences("dev").words
-            words = transfer.enlarge(words, train, dev, p.transfer_train, p.augment_mentions, p.seed)
+        train = self.sentences("train") if p.transfer_train or p.augment_mentions else None
+        if p.transfer_train:
+            words = list(map(list, dict.fromkeys(map(tuple, words + train.words))))  # each once
+        if p.augment_mentions:
+            known = [*words, *train.words, *self.sentences("dev").words]
+            n = round(p.augment_mentions * len(words))
+            words = words + transfer.replace_mentions(train, n, known, p.seed).words
         return data.Sentences(words)
 
     def _uncertainty(self, path: Path, found: data.Sentences) -> np.ndarray:

@@ -1,6 +1,5 @@
 """What the transfer set is made of: which sentences of the text at hand, and new ones from a task's own mentions."""
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -50,12 +49,3 @@ def replace_mentions(sentences: data.Sentences, n: int, known: Iterable[list[str
             seen.add(tuple(words))
             made.append((words, tags, language))
     return data.Sentences(*([list(column) for column in zip(*made, strict=True)] or ([], [], [])))
-
-
-def enlarge(words: list[list[str]], train: data.Sentences, dev: list[list[str]], with_train: bool, share: float,
-            seed: int) -> list[list[str]]:
-    """A transfer set with train sentences, each once, and `share` times as many made of them, none found in dev."""
-    if with_train:
-        words = list(map(list, dict.fromkeys(map(tuple, words + train.words))))
-    known = itertools.chain(words, train.words, dev)
-    return words + (replace_mentions(train, round(share * len(words)), known, seed).words if share else [])
