@@ -37,8 +37,9 @@ def layer_pairs(params: Params, teacher_config, student_config):
     return hidden, attention, weights, spec
 
 
-def transfer(params: Params, run: Run, inputs: Inputs, load_teacher, spec: TargetSpec, accelerator):
-    """The store of teacher outputs, the transfer windows that train in chunks, and those held out."""
+def transfer(params: Params, run: Run, inputs: Inputs, student, load_teacher, spec: TargetSpec, accelerator):
+    """The store of teacher outputs, a feed over the transfer windows that train, chunk by chunk, a function to the
+    batches of those held out, and which train. Batches hold what teacher and frozen layers of the student say."""
     (_, examples), config = inputs.read("transfer"), models.load_config(teacher_dir(params, run), "teacher_model_dir")
     cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
     held_out, chunks = data.split_transfer(len(examples), *cut.values())
@@ -48,18 +49,14 @@ def transfer(params: Params, run: Run, inputs: Inputs, load_teacher, spec: Targe
     store = TargetStore(lambda: inputs.with_others(load_teacher(), accelerator), config, spec, examples, inputs.pad_id,
                         accelerator, folder=run.origin.dir / "targets" / key, mode=params.targets_cache,
                         n_passes=params.distil_epochs, budget_bytes=params.targets_cache_gb * 1e9)
-    return store, chunks, held_out
-
-
-def transfer_feeds(params: Params, store: TargetStore, chunks, held_out, through=lambda windows, batches: batches):
-    """A feed over the chunks and a function to the held-out batches; `through` may add to a feed's batches."""
     size, windows = params.student_distil_batch_size, np.concatenate(chunks)
+    through = from_frozen(params, student, examples, inputs.pad_id, accelerator)
 
     def batches(pass_number: int, chunk: int):
         return store.batches(f"chunk-{chunk}", chunks[chunk], size, params.seed + 7919 * pass_number + 104729 * chunk)
 
-    return (Feed(through(windows, batches), len(windows), len(chunks)),
-            through(held_out, lambda: store.batches("held-out", held_out, size)))
+    held_out_batches = through(held_out, lambda *_: store.batches("held-out", held_out, size))
+    return store, Feed(through(windows, batches), len(windows), len(chunks)), held_out_batches, windows
 
 
 def from_frozen(params: Params, student, examples, pad_id: int, accelerator):

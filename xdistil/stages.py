@@ -108,8 +108,7 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     projections = students.make_projections(projected, students.state_widths(student.config),
                                             teacher.config.hidden_size, params.projection_gelu)
     both = nn.ModuleDict({"student": student, "projections": projections}).to(device)
-    store, *windows = feeds.transfer(params, run, inputs, lambda: teacher, spec, accelerator)
-    feed, held_out = feeds.transfer_feeds(params, store, *windows)
+    store, feed, held_out, windows = feeds.transfer(params, run, inputs, student, lambda: teacher, spec, accelerator)
     terms = students.distil_terms(hidden, attention, params.hidden_loss, params.attention_loss, params.relation_heads)
     fixed = {f"student.{n}" for n in (*dict(layer_groups(student))["head"], *_frozen_words(params, student))}
     measure = accelerator.autocast()(functools.partial(
@@ -124,7 +123,7 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
         head = "new: none can be folded through GELU"
     else:  # without a loss on the teacher's own states at the top, no projection is there to be folded
         projection = dict(projections.items()).get(str(top[0])) if top in projected else students.fit_projection(
-            student, teacher, inputs.read("transfer")[1], np.concatenate(windows[0]), inputs.pad_id, accelerator)
+            student, teacher, inputs.read("transfer")[1], windows, inputs.pad_id, accelerator)
         head += "as stage 1 trained them" if top in projected else "mapped by least squares"
         head = head if students.fold_head(student, teacher, projection) else "its own, to be trained"
     stage.say(f"the student's head is {head}")
@@ -147,14 +146,12 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     def load_teacher():  # seldom called: stage 1 left its logits
         return models.prepare_to_answer(inputs.load_teacher(), accelerator, exact=False)
 
-    store, *windows = feeds.transfer(params, run, inputs, load_teacher, TargetSpec(), accelerator)
-    through = feeds.from_frozen(params, student, inputs.read("transfer")[1], inputs.pad_id, accelerator)
-    feed, held_out = feeds.transfer_feeds(params, store, *windows, through)
+    store, feed, held_out, _ = feeds.transfer(params, run, inputs, student, load_teacher, TargetSpec(), accelerator)
     if params.hard_label_weight:
         train, dev = (feeds.labelled_feed(params, student, inputs, params.student_ft_batch_size, accelerator, name)
                       for name in ("train", "dev"))
         feed = Feed(feeds.with_labelled(feed.batches, train), feed.n_windows, feed.n_chunks)
-        held_out = feeds.with_labelled(lambda *_, own=held_out: own(), dev)
+        held_out = feeds.with_labelled(held_out, dev)
     loss = {"mse": losses.logit_mse, "kl": functools.partial(losses.logit_kl, temperature=params.temperature)}
 
     def terms(model, batch):
