@@ -165,11 +165,10 @@ def build_student(config, teacher, init: str, checkpoint: str | None, labels: li
     words, origin, unit = word_embedding(teacher), "random", models.unit_of(teacher.config)
     if init == "checkpoint":
         student = models.load_classifier(checkpoint, labels, "pt_student_checkpoint", unit)
-        origin = "the student's own"
+        rows, origin = word_embedding(student), "the student's own"
         if other := other_vocabulary(checkpoint, tokenizer, compress):
             ours, theirs = (t.convert_ids_to_tokens(list(range(len(t)))) for t in (tokenizer, other))
-            own = word_embedding(student)[: len(theirs)]
-            new, n_shared = embeddings.map_to_student(words[: len(ours)], ours, own, theirs)
+            new, n_shared = embeddings.map_to_student(words[: len(ours)], ours, rows[: len(theirs)], theirs)
             student.resize_token_embeddings(len(words), mean_resizing=False)
             word_embedding(student)[: len(new)] = new
             origin = f"the teacher's, mapped by {n_shared} shared pieces"
