@@ -139,7 +139,8 @@ def test_widths_are_named_and_projections_fit_each_state(teacher):
 
 LOAD = """
 import sys
-import xdistil.bilstm
+import xdistil
+assert "transformers" not in sys.modules
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 model = AutoModelForTokenClassification.from_pretrained(sys.argv[1]).eval()
@@ -150,7 +151,7 @@ print(type(model).__name__, tags, model(**found).logits.detach().flatten().tolis
 """
 
 
-def test_the_auto_classes_load_it_after_one_import(model, tokenizer, labels, tmp_path, root):
+def test_the_auto_classes_load_it_after_import_xdistil_alone(model, tokenizer, labels, tmp_path, root):
     models.save_model(model, tokenizer, tmp_path)
     done = subprocess.run([sys.executable, "-W", "error", "-c", LOAD, str(tmp_path)], cwd=root, capture_output=True,
                           text=True)
@@ -162,6 +163,13 @@ def test_the_auto_classes_load_it_after_one_import(model, tokenizer, labels, tmp
         [labels[i] for i in wanted[0, 1:-1].argmax(-1).tolist()])
     again = models.load_classifier(tmp_path, labels, "model_dir")
     assert type(again) is BiLstmForTokenClassification and not changed(model.state_dict(), again.state_dict())
+
+
+def test_import_xdistil_after_transformers_registers_it_too(root):
+    code = ("from transformers import AutoConfig, AutoModel; import xdistil; "
+            "print(type(AutoConfig.for_model('xdistil-bilstm')).__name__)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.strip() == "BiLstmConfig", done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +232,7 @@ def test_all_seven_stages(tmp_path, capsys):
     assert run.stage("student").metrics["onnx"]["fp32"]["dev"] == run.stage("labels").metrics["dev"]
     example = views.attention_example(run.params, run)
     assert np.isnan(example["student"]).all() and example["student"].shape[1:] == example["teacher"].shape[1:]
-    assert "import xdistil.bilstm" in (run.dir / "student/README.md").read_text()
+    assert "import xdistil" in (run.dir / "student/README.md").read_text()
     assert "GB" in str(views.needs(run.params, run))
     (tmp_path / "in.txt").write_text("Ada Storm\n")
     assert cli.main(["predict", str(run.dir / "student"), str(tmp_path / "in.txt"), "--device", "cpu"]) == 0

@@ -117,13 +117,15 @@ def test_the_limits_above_are_all_there_are():
     ({"hidden_weight": 0, "distil_attention": True, "attention_weight": 0}, "hidden_weight", "attention_weight: 1"),
     ({"language_temperature": 2}, "transfer_limit", "set it, or transfer_select: random and language_temperature: 1"),
     ({"transfer_select": "uncertain"}, "transfer_limit", "without it all text is used"),
-    ({"augment_mentions": 1, "do_NER": False, "task": "x"}, "augment_mentions", "set augment_mentions: 0, or do_NER")])
+    ({"augment_mentions": 1, "do_NER": False, "task": "x"}, "augment_mentions", "set augment_mentions: 0, or do_NER"),
+    ({"opt_policy": "mixed_float16", "device": "cpu"}, "opt_policy", "set opt_policy: mixed_bfloat16 or float32")])
 def test_impossible_combinations_name_parameter_and_remedy(values, parameter, remedy):
     with pytest.raises(ParamsError, match=f"^{parameter}: .*{remedy}"):
         load_params(values)
 
 
 def test_combinations_next_to_the_impossible_ones_are_fine():
+    load_params({"opt_policy": "mixed_float16", "device": "cuda"})
     load_params({"student_init": "teacher_layers", "freeze_word_embedding": True})
     load_params({"hidden_weight": 0, "distil_attention": True})
     load_params({"compress_word_embedding": True, "freeze_word_embedding": True})

@@ -1,5 +1,5 @@
 """The student of XtremeDistil (2004.05686): word-piece embeddings of width E under a BiLSTM of H units a direction.
-A Hugging Face model like any other, which the auto classes load once `import xdistil.bilstm` has been run. It has no
+A Hugging Face model like any other, which the auto classes load once `import xdistil` has been run. It has no
 attention maps; padding stands on the right and reaches no real token."""
 
 from collections import OrderedDict

@@ -181,6 +181,8 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
              "augment_mentions: 0, or do_NER: true"),
             (self.hidden_weight == 0 and not (self.distil_attention and self.attention_weight), "hidden_weight: 0 "
              "leaves stage 1 without a loss; set hidden_weight: 1, or distil_attention: true and attention_weight: 1"),
+            (self.opt_policy == "mixed_float16" and self.device == "cpu",
+             "opt_policy: mixed_float16 does not train on a CPU; set opt_policy: mixed_bfloat16 or float32"),
         ):
             if wrong:
                 raise ValueError(message)

@@ -75,7 +75,7 @@ def export_student(params: Params, run: Run, stage: Stage, accelerator):
     save_text(stage.dir / "README.md", card.write_card(
         params.unit, metrics["student"], metrics.get("teacher"), onnx, run.baselines, labels=inputs.labels,
         source=source.split("/")[-1], data=Path(params.task).name, seq_len=params.seq_len, licence=params.licence,
-        registers="import xdistil.bilstm  # registers it" if students.is_bilstm(student.config) else ""))
+        registers="import xdistil  # knows the BiLSTM" if students.is_bilstm(student.config) else ""))
     return {"same_predictions": True, f"dev_{params.unit}s": sum(map(len, tags[0])), "onnx": onnx}
 
 
