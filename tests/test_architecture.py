@@ -16,15 +16,17 @@ LEVELS = [  # a module may import those of lower levels only
     {"tables"},
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "card", "alarms"},
-    {"dropout"}, {"runs", "devices", "data", "demo_data", "models"}, {"narrow", "wordwise"},
-    {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report"},
-    {"ensemble", "predict", "frozen"}, {"provenance"}, {"inputs"}, {"feeds", "staging"}, {"results"}, {"stages"},
-    {"views", "study"}, {"cli"},
+    {"dropout", "alignment_plots", "result_plots"}, {"runs", "devices", "data", "demo_data", "models"},
+    {"narrow", "wordwise"},
+    {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report",
+     "live", "errors", "compare"},
+    {"ensemble", "predict", "frozen"}, {"provenance"}, {"inputs"}, {"feeds", "staging"}, {"results", "inside"},
+    {"stages"}, {"views", "study", "explore"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
-HOLD_PARAMS = {"params", "runs", "provenance", "inputs", "feeds", "staging", "results", "stages", "views", "study",
-               "cli"}
-LAZY = {"papermill", "IPython", "nbformat", "onnx", "torch_xla", "h5py"}
+HOLD_PARAMS = {"params", "runs", "provenance", "inputs", "feeds", "inside", "staging", "results", "stages", "views",
+               "study", "cli"}
+LAZY = {"papermill", "IPython", "ipywidgets", "zmq", "nbformat", "onnx", "torch_xla", "h5py"}
 
 
 def imports(nodes):
@@ -65,8 +67,10 @@ def test_a_module_imports_only_from_below(name):
 
 
 def test_plots_know_nothing_of_ours():
-    assert not list(ours(ast.walk(TREES["plots"])))
-    assert {x.split(".")[0] for x in imports(ast.walk(TREES["plots"]))} <= {"io", "itertools", "numpy", "matplotlib"}
+    assert not list(ours(ast.walk(TREES["plots"]))) and set(ours(ast.walk(TREES["alignment_plots"]))) == {"plots"}
+    for name in ("plots", "alignment_plots"):
+        assert {x.split(".")[0] for x in imports(ast.walk(TREES[name]))} <= {
+            "functools", "io", "itertools", "numpy", "matplotlib", "xdistil"}
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -89,7 +93,8 @@ def test_notebooks_use_the_doors_only():
         code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
         code = re.sub(r"(?m)^(\s*)[!%].*", r"\1pass", code)  # shell lines and magics
         found = set(ours(ast.walk(ast.parse(code))))
-        assert "params" in found and found <= {"params", "runs", "stages", "views", "plots", "study"}, path.name
+        assert "params" in found and found <= {"params", "runs", "stages", "views", "plots", "result_plots", "study",
+                                               "compare", "explore"}, path.name
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -107,7 +112,7 @@ def test_a_module_fits_in_the_head(path):
 
 def test_the_library_stays_small():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PATHS)
-    assert lines <= 5167
+    assert lines <= 6268
 
 
 @pytest.mark.parametrize("name", TREES)

@@ -137,7 +137,7 @@ def test_a_figure_is_saved_whole(tmp_path):
     figure.subplots().plot([1, 2])
     path = Run(load_params({"model_dir": str(tmp_path)})).save_figure(figure, "line")
     assert path == tmp_path / "figures" / "line.png"
-    assert path.read_bytes().startswith(b"\x89PNG") and list(contents(path.parent)) == ["line.png"]
+    assert path.read_bytes().startswith(b"\x89PNG") and list(contents(path.parent)) == ["line.png", "line.svg"]
 
 
 def test_a_done_mark_is_json_that_people_can_read(stage):

@@ -127,8 +127,8 @@ def test_links_lead_somewhere(path):
 @each
 def test_names_of_the_library_exist_and_one_stage_is_called(path):
     source = "\n".join(without_magics(cell.source) for cell in code_cells(path))
-    places = {name: f"xdistil.{name}" for name in ("stages", "views", "plots", "study")} | {
-        "figures": "benchmarks.figures"}
+    ours = ("stages", "views", "plots", "result_plots", "study", "compare")
+    places = {name: f"xdistil.{name}" for name in ours} | {"figures": "benchmarks.figures"}
     used = {(node.value.id, node.attr) for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in places}
     assert used
@@ -186,7 +186,9 @@ def test_the_command_runs_all_notebooks_and_reports(executed):
         injected = next(c for c in cells if "injected-parameters" in c.metadata.get("tags", ()))
         assert "tests/data/toy" in injected.source  # each executed notebook records what it ran with
     files = list((folder / "figures").iterdir())
-    assert len(files) == pictures > 10 and {path.suffix for path in files} == {".png"}
+    for form in (".png", ".svg"):
+        assert len([path for path in files if path.suffix == form]) == pictures > 10
+    assert len(files) == 2 * pictures
     for name in STAGES:
         assert (folder / name / "done.json").is_file()
 
@@ -300,3 +302,23 @@ def test_the_notebook_of_evaluation_runs_the_baselines(tmp_path, tmp_path_factor
     outputs = execute("06_evaluate_student", tmp_path / "out.ipynb", parameters)
     assert "only logits, labels" in str([output.get("data", {}).get("text/html") for output in outputs])
     assert (run / "baselines/logits/evaluation/done.json").is_file()
+    for name in ("confusion", "by-length", "by-frequency"):
+        assert (run / f"figures/{name}.png").stat().st_size > 5000 and (run / f"figures/{name}.svg").is_file()
+    shown = str([output.get("data", {}).get("text/html") for output in outputs])
+    assert "most frequent mistake" in shown and "teacher and gold" in shown
+
+
+@pytest.mark.notebook
+def test_runs_are_compared_side_by_side(tmp_path, tmp_path_factory):
+    for name in ("first", "second"):
+        shutil.copytree(finished_smoke_run(tmp_path_factory), tmp_path / name)
+    path = tmp_path / "second/evaluation/metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["student"]["test"]["macro"] += 0.1
+    path.write_text(json.dumps(metrics))
+    parameters = {"experiment": str(SMOKE), "overrides": {"model_dir": str(tmp_path / "first")}}
+    outputs = execute("compare_runs", tmp_path / "out.ipynb", parameters)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert {p.stem for p in (tmp_path / "first/figures").iterdir()} >= {"compare-front", "compare-retention"}
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "| first | " in text and "| second | " in text and r"\begin{tabular}{lrrrrrr}" in text

@@ -57,6 +57,16 @@ def test_pictures_are_data_uris_and_notebooks_come_in_order(page, tmp_path):
     assert text.index(">First</h1>") < text.index(">Second</h1>")
 
 
+def test_contents_stand_at_the_side_and_summary_and_figures_come_first(page, tmp_path):
+    for name in ("languages", "confusion"):
+        (tmp_path / f"{name}.png").write_bytes(base64.b64decode(PIXEL))
+    text = page([new_markdown_cell("# First")], figures=[tmp_path / f"{x}.png" for x in ("languages", "confusion")],
+                summary_html="<table id=scores></table>")
+    order = [text.index(x) for x in ('<div class="page">', "<nav", 'href="#summary"', "<main>", 'id="summary"',
+                                     "<table id=scores>", 'alt="languages"', 'alt="confusion"', ">First</h1>")]
+    assert order == sorted(order)
+
+
 def test_contents_list_links_to_headings_and_between_notebooks(page):
     text = page([new_markdown_cell("# One\n\n## A *b*\n\n[on](02_part.ipynb)")], [new_markdown_cell("# Two")])
     links = re.findall(r'<a class="h(\d)" href="#(s\d+)">([^<]*)</a>', text)
@@ -90,7 +100,9 @@ def test_code_and_the_output_of_set_up_cells_stay_out(page):
         code("shown_code()", stream("visible")),
         code("seq_len = 7", tags=["parameters"]),
         code("import os", stream("quiet"), tags=["setup"]),
+        new_markdown_cell("## Same in every notebook", metadata={"tags": ["head"]}),
     ])
+    assert "Same in every notebook" not in text
     assert "visible" in text
     assert not any(hidden in text for hidden in ("shown_code", "seq_len", "import os", "quiet"))
 

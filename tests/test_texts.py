@@ -18,7 +18,7 @@ from test_notebooks import xdistil
 from test_stages import run_stages, smoke_params
 from tiny import random_teacher
 
-from xdistil import cli, data, evaluate, export, frozen, losses, models, stages, students, texts, views
+from xdistil import cli, data, evaluate, explore, export, frozen, losses, models, stages, students, texts, views
 from xdistil.data import DataError, Sentences
 from xdistil.inputs import Inputs
 from xdistil.params import ParamsError, load_params
@@ -426,6 +426,11 @@ def test_what_notebooks_show(run, unit, task, base, capsys):
     example = views.attention_example(run.params, run)
     n = len(example["tokens"])
     assert example["teacher"].shape[1:] == example["student"].shape[1:] == (n, n)
+    explorer = explore.Explorer(views.Pair(run.params, run))
+    assert set(explorer.look.tags) == {"gold", "teacher", "student"} and explorer.attention.value
+    explorer.text.value = "one text | another"
+    assert explorer.look.words == ["one text\tanother" if unit == "pair" else "one text | another"]
+    assert explorer.look.student.tags[0] in explorer.spans.value
     kind, given, options = views.trial(run.params, run)
     answer = transformers.pipeline(kind, model=str(run.dir / "student"), **options)(given)
     assert answer["label"] in Inputs(run.params, run).labels

@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from xdistil import training
 from xdistil.devices import open_accelerator
 from xdistil.files import read_jsonl
-from xdistil.training import Feed, Recipe, fit, load_checkpoint, lr_factor, make_optimizer
+from xdistil.training import Feed, Recipe, Stopped, fit, load_checkpoint, lr_factor, make_optimizer
 
 EPOCHS, CHUNKS, BATCHES, SIZE = 2, 2, 2, 4  # of a step, of an epoch, of a chunk, of a batch
 WINDOWS = CHUNKS * BATCHES * SIZE
@@ -83,11 +84,12 @@ def falling():
 
 
 def train(folder, model=None, *, terms=terms, batches=batches, evaluate=held_out_loss, recipe=RECIPE, steps=STEPS,
-          weights=None, n_chunks=CHUNKS):
+          weights=None, n_chunks=CHUNKS, **watched):
     """`fit` with the defaults of this file. Returns the model, the summary and the history."""
     model = model or new_model()
     summary = fit(model, terms, Feed(batches, WINDOWS * n_chunks // CHUNKS, n_chunks), evaluate, recipe, steps,
-                  accelerator=open_accelerator("cpu", "float32", quiet=True), folder=folder, weights=weights)
+                  accelerator=open_accelerator("cpu", "float32", quiet=True), folder=folder, weights=weights,
+                  **watched)
     return model, summary, read_jsonl(folder / "history.jsonl")
 
 
@@ -294,6 +296,34 @@ def test_resumes_when_stopped_while_judging(tmp_path, whole, n):
         return held_out_loss(model)
 
     assert_resumes(tmp_path, whole, evaluate=judge)
+
+
+@pytest.mark.parametrize("record_every", [1, 3], ids=["within a chunk", "at the end of a chunk"])
+def test_it_stops_when_asked_and_goes_on_to_the_same_end(tmp_path, monkeypatch, record_every):
+    monkeypatch.setattr(training, "RECORD_EVERY", record_every)
+    seen = []
+
+    def looks(records, done):
+        seen.append((len(records), done))
+        return False
+
+    model, summary, history = train(tmp_path / "whole", watch=looks)
+    updates = EPOCHS * len(STEPS) * CHUNKS * BATCHES
+    assert len(seen) >= updates and all(0 < done <= 1 for _, done in seen) and seen[-1] == (len(history), 1)
+    for asked in range(1, len(seen) + 1):
+        folder, calls = tmp_path / str(asked), itertools.count(1)
+        with pytest.raises(Stopped, match=r"\[training\] stopped at a checkpoint after \d+ updates; the same call"):
+            train(folder, watch=lambda *_, n=asked, calls=calls: next(calls) >= n)
+        position, _ = load_checkpoint(folder / "checkpoint.safetensors")
+        assert position.updates <= asked + record_every
+        again, found, records = train(folder)
+        assert same(weights_of(again), weights_of(model)) and records == history
+        assert {k: v for k, v in found.items() if k not in SPEED} == {
+            k: v for k, v in summary.items() if k not in SPEED}
+
+
+def test_being_stopped_is_no_error_with_a_traceback():
+    assert issubclass(Stopped, KeyboardInterrupt) and Stopped("here")._render_traceback_() == ["here"]
 
 
 def test_resume_keeps_best_weights_and_patience(tmp_path):

@@ -13,7 +13,7 @@ import transformers
 from test_stages import PLAIN, plain_teacher, read_rows, run_stages, smoke, smoke_params  # noqa: F401
 from test_vocab import trained
 
-from xdistil import data, losses, models, stages, views, wordwise
+from xdistil import data, explore, losses, models, stages, views, wordwise
 from xdistil.alignment import measure_alignment
 from xdistil.inputs import Inputs
 from xdistil.models import CheckpointError, load_tokenizer, run_model
@@ -223,6 +223,10 @@ def test_what_notebooks_show_of_it(own, student):
     assert len(shown["tokens"]) == 5 and shown["teacher"].shape == shown["student"].shape == (4, 5, 5)
     for name in ("teacher", "student"):
         assert shown[name].sum(-1) == pytest.approx(1, abs=1e-4)
+    explorer = explore.Explorer(views.Pair(params, Run(params)))
+    explorer.text.value, explorer.tabs.selected_index = "Anna works in Berlin .", 1
+    assert explorer.look.tokens == ["Anna", "works", "in", "Berlin", "."]  # compared by words
+    assert explorer.similarity.value and len(explorer.look.heads[0]) == 2
     assert {row["model"]: row["pieces"] for row in views.sizes(Run(params)).rows}["student"] == len(
         load_tokenizer(student))
     assert all(row["GB"] > 0 for row in views.needs(params, Run(params)).rows)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from xdistil import data, losses, models, wordwise
 
@@ -12,6 +13,41 @@ def linear_cka(rows, columns) -> list[list[float]]:
     columns = [losses.unit_states(y.double()) for y in columns]
     units = (losses.unit_states(x.double()) for x in rows)  # one at a time: all would be many times the models
     return [[float(torch.linalg.norm(y.T @ x) ** 2) for y in columns] for x in units]
+
+
+def nearest_heads(teacher, student) -> list[list[tuple[int, int]]]:
+    """Layer (from 1) and head (from 0) of the teacher's map that is nearest to each of the student's, [L_s][A_s]: the
+    least KL(t || s) + KL(s || t), mean over rows. Maps [L_t, A_t, S, S] and [L_s, A_s, S, S]."""
+    t, s = (maps.flatten(0, 1).flatten(1).double().clamp(min=1e-9) for maps in (teacher, student))
+    both = (t * t.log()).sum(1) + (s * s.log()).sum(1)[:, None] - s.log() @ t.T - s @ t.log().T
+    n_heads = teacher.shape[1]
+    return [[(i // n_heads + 1, i % n_heads) for i in row]
+            for row in both.argmin(1).reshape(student.shape[:2]).tolist()]
+
+
+def token_similarity(teacher, student) -> torch.Tensor:
+    """Cosine (-1..1) of each teacher state [S, H_t] with each student state [S, H_s], [S, S]. Where widths differ, of
+    their rows in the centred Gram matrices: how alike two tokens stand to all of the sentence."""
+    if teacher.shape != student.shape:
+        teacher, student = ((x - x.mean(0)) @ (x - x.mean(0)).T for x in (teacher, student))
+    return F.normalize(teacher.double(), dim=-1) @ F.normalize(student.double(), dim=-1).T
+
+
+def principal_plane(teacher, student):
+    """Both models' states [S, H] in the plane of the teacher's first two principal components, [S, 2] each, and the
+    share (0..1) of the teacher's variance that it shows. A student of another width is shown in its own plane, turned
+    and scaled onto the teacher's (Procrustes)."""
+    def plane(states):
+        states = F.pad(states.double() - states.double().mean(0), (0, 0, 0, 1))  # two rows at least
+        _, values, axes = torch.linalg.svd(states, full_matrices=False)
+        return states[:-1] @ axes[:2].T, axes[:2].T, float(values[:2].square().sum() / values.square().sum())
+
+    shown, axes, share = plane(teacher)
+    if teacher.shape == student.shape:
+        return shown, (student.double() - teacher.double().mean(0)) @ axes, share
+    own, *_ = plane(student)
+    left, values, right = torch.linalg.svd(own.T @ shown)
+    return shown, own @ (left @ right) * values.sum() / own.square().sum().clamp(min=1e-12), share
 
 
 @torch.inference_mode()

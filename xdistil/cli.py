@@ -145,9 +145,10 @@ def run_notebooks(params: Params) -> int:
             return 1
     page, table, alarms = run.dir / "report.html", views.results(run), views.alarms(run)
     if ran or not page.is_file():
-        summary = (f"{table._repr_html_()}<div class=alarm>{alarms._repr_html_()}</div>"
+        loud = " class=alarm" * ("alarm" in alarms.columns)
+        summary = (f"{table._repr_html_()}<div{loud}>{alarms._repr_html_()}</div>"
                    f"<details><summary>parameters</summary>{params._repr_html_()}</details>")
-        figures = [run.dir / "figures" / f"{name}.png" for name in ("languages", "attention")]
+        figures = [run.dir / "figures" / f"{name}.png" for name in ("languages", "size-speed", "confusion")]
         report.write_report(executed, page, title=f"xdistil: {run.dir.name}", summary_html=summary, figures=figures)
     print(f"\n{table}\n\n{alarms}\n\n{ran} of {len(names)} stages ran in {time.monotonic() - start:.0f} s\n"
           f"student: {run.dir / 'student'}\nreport: {page}")

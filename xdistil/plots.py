@@ -1,5 +1,6 @@
 """Figures: numbers in, a matplotlib figure out; not through pyplot, as notebooks would show it twice."""
 
+import functools
 import io
 import itertools
 
@@ -11,8 +12,10 @@ from matplotlib.font_manager import findfont, get_font, get_font_names
 # Okabe-Ito: told apart under the common colour-vision deficiencies; without its faint yellow.
 TEACHER, STUDENT, SKY, ORANGE, GREY = "#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#6b6b6b"
 CYCLE = (TEACHER, STUDENT, "#009E73", "#CC79A7", SKY, ORANGE)
-# A glyph that one font lacks is looked up in the next; matplotlib warns of fonts that are not installed.
-WANTED = ("DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Thai", "Noto Sans Devanagari")
+# A glyph that one font lacks is looked up in the next; matplotlib warns of fonts that are not installed. On Debian:
+# fonts-noto-core and fonts-noto-cjk; without them a box stands for each letter that no font here can draw.
+WANTED = ("DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", *("Noto Sans " + script for script in (
+    "Thai", "Devanagari", "Arabic", "Hebrew", "Bengali", "Tamil", "Telugu", "Armenian", "Georgian", "Ethiopic")))
 FAMILIES = [name for name in WANTED if name in get_font_names()]
 
 
@@ -41,15 +44,29 @@ def _legend(fig, ncols):
     return fig
 
 
-def _heat_map(matrix, title, label, vmax, **settings):
-    """Colours from 0 to `vmax`, NaN grey, row 0 at the bottom; values in the cells unless too many."""
+@functools.cache
+def _drawable():
+    return {code for name in FAMILIES for code in get_font(findfont(name)).get_charmap()}
+
+
+def name_tokens(tokens, most=36):
+    """Places and names of at most so many evenly spaced tokens that do not touch on an axis of 3.3 inches, and the
+    style of these; a box stands for what no font can draw."""
+    shown = range(0, len(tokens), 1 + (len(tokens) - 1) // most)
+    names = ["".join(c if ord(c) in _drawable() else "\u25af" for c in tokens[i])[:12] for i in shown]
+    return shown, names, {"parse_math": False, "family": FAMILIES, "size": min(9, 200 / len(names))}
+
+
+def _heat_map(matrix, title, label, vmax, texts=None, **settings):
+    """Colours from 0 to `vmax`, NaN grey, row 0 at the bottom; in the cells `texts`, or values unless too many."""
     rows, cols = matrix.shape
     size = min(1.7 + 0.36 * rows, 8), min(max(7.6, 3.4 + 0.62 * cols), 11.6)  # wide enough for the title
     fig, ax = _figure(title, *size, grid=False, facecolor="#ccc", xticks=range(cols), yticks=range(rows), **settings)
     fig.colorbar(ax.imshow(matrix, "cividis", vmin=0, vmax=vmax, aspect="auto", origin="lower"), label=label)
     for row, col in np.argwhere(np.isfinite(matrix)) if max(rows, cols) <= 16 else ():
         ink = "white" if matrix[row, col] < 0.55 * vmax else "black"
-        ax.text(col, row, f"{matrix[row, col]:.2f}", ha="center", va="center", fontsize=8, color=ink)
+        text = texts[row][col] if texts else f"{matrix[row, col]:.2f}"
+        ax.text(col, row, text, ha="center", va="center", fontsize=8, color=ink)
     return fig, ax
 
 
@@ -99,23 +116,29 @@ def plot_spectrum(singular_values, kept):
     return fig
 
 
-def plot_attention_pair(tokens, teacher, student, title, head=None):
+def name_head(head):
+    """What titles call a head (from 0), or the mean (None)."""
+    return ": mean over heads" if head is None else f": head {head} (counted from 0)"
+
+
+def plot_attention_pair(tokens, teacher, student, title, head=None, top=None):
     """Attention of one sentence of S `tokens`: `teacher` [A_t, S, S], `student` [A_s, S, S], weights from 0 to 1,
-    row = attending token. `head`: index from 0, None = mean over heads."""
-    # A box stands for what no font can draw; more than 36 names would touch.
-    known = {code for name in FAMILIES for code in get_font(findfont(name)).get_charmap()}
-    shown = range(0, len(tokens), 1 + (len(tokens) - 1) // 36)
-    names = ["".join(c if ord(c) in known else "\u25af" for c in tokens[i])[:12] for i in shown]
-    style = {"parse_math": False, "family": FAMILIES, "size": min(9, 200 / len(names))}
+    row = attending token. `head`: index from 0, None = mean over heads. `top`: weight at the end of a scale that suits
+    all layers and heads, by default the highest that is shown."""
+    shown, names, style = name_tokens(tokens)
     first, second = (np.mean(side, 0) if head is None else side[head] for side in (teacher, student))
-    scale = colors.PowerNorm(0.5, 0, max(first.max(), second.max()))  # else [CLS] and [SEP] outshine all
-    same = "cividis", scale, "weight (square-root scale)"
-    panels = (("Teacher", first, *same), ("Student", second, *same),
-              ("Student − teacher", second - first, "RdBu_r", colors.CenteredNorm(), "difference of weights"))
-    title += ": mean over heads" if head is None else f": head {head} (counted from 0)"
-    fig, axes = _figure(title, 5.6, cols=3, grid=False, xlabel="attended token", ylabel="attending token")
-    for ax, (name, data, cmap, norm, unit) in zip(axes, panels, strict=True):
-        fig.colorbar(ax.imshow(data, cmap, norm), ticks=ticker.MaxNLocator(4), label=unit, location="bottom")
+    scale, apart, root = colors.PowerNorm(0.5, 0, max(first.max(), second.max())), colors.CenteredNorm(), "square"
+    ticks = [ticker.MaxNLocator(4)] * 3
+    if top:
+        (scale, apart), root = (colors.FuncNorm((np.cbrt, lambda x: x**3), low, top) for low in (0, -top)), "cube"
+        ticks = [top * np.array(x) for x in ((0, 0.01, 0.1, 0.4, 1), (0, 0.01, 0.1, 0.4, 1), (-1, -0.1, 0, 0.1, 1))]
+    same = "cividis", scale, f"weight ({root}-root scale)"  # else [CLS] and [SEP] outshine all
+    panels = (("Teacher", first, *same), ("Student", second, *same), (
+        "Student − teacher", second - first, "RdBu_r", apart, "difference" + " (cube-root scale)" * bool(top)))
+    fig, axes = _figure(title + name_head(head), 5.6, cols=3, grid=False, xlabel="attended token",
+                        ylabel="attending token")
+    for ax, (name, data, cmap, norm, unit), marks in zip(axes, panels, ticks, strict=True):
+        fig.colorbar(ax.imshow(data, cmap, norm), ticks=marks, format="{x:g}", label=unit, location="bottom")
         ax.set_xticks(shown, names, rotation=90, **style)
         ax.set_yticks(shown, names, **style)
         ax.set_title(name)
@@ -143,11 +166,12 @@ def plot_cosine(before, after, pairs):
     return _legend(fig, 2)
 
 
-def plot_attention_kl(kl, pairs, title):
-    """`kl`: [n_pairs, A] divergence of attention in nats, by head; `pairs`: (student, teacher) layers."""
+def plot_attention_kl(kl, pairs, title, nearest=None):
+    """`kl`: [n_pairs, A] divergence of attention in nats, by head; `pairs`: (student, teacher) layers; `nearest`:
+    names to write in place of the numbers."""
     if not pairs:
         return _figure(f"{title}\nno attention maps were compared here", 1)[0]
-    return _heat_map(np.array(kl), title, "KL divergence (nats)", np.nanmax(kl), xlabel="head (from 0)",
+    return _heat_map(np.array(kl), title, "KL divergence (nats)", np.nanmax(kl), nearest, xlabel="head (from 0)",
                      yticklabels=[f"S{s} ← T{t}" for s, t in pairs])[0]
 
 

@@ -14,17 +14,19 @@ UNWANTED = re.compile(r"""(?isx) <(script|style)\b.*?</\1\s*> | <a\ [^>]*>\s*<im
 
 
 def write_report(notebooks_dir, out_path, *, title: str, summary_html: str = "", figures=()) -> Path:
-    """Write one page: summary, figures (paths of PNGs; absent ones are skipped), then each notebook without its code.
+    """Write one page, contents at the side: summary and figures (paths of PNGs; absent ones are skipped), then each
+    notebook without its code.
     Raises FileNotFoundError if the folder holds no notebook."""
     import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
-    quiet = Config(TagRemovePreprocessor={"enabled": True, "remove_all_outputs_tags": ["setup"]})
+    quiet = Config(TagRemovePreprocessor={"enabled": True, "remove_all_outputs_tags": ["setup"],
+                                             "remove_cell_tags": ["head"]})
     exporter = HTMLExporter(config=quiet, template_name="basic", exclude_input=True, exclude_output_prompt=True,
                             exclude_anchor_links=True)
     exporter.register_preprocessor("nbconvert.preprocessors.CoalesceStreamsPreprocessor", enabled=True)
-    contents, sections, paths = [], [], sorted(Path(notebooks_dir).glob("*.ipynb"))
+    contents, first, sections, paths = [], [], [], sorted(Path(notebooks_dir).glob("*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"{notebooks_dir} holds no notebook; run `xdistil run` first")
 
@@ -35,7 +37,7 @@ def write_report(notebooks_dir, out_path, *, title: str, summary_html: str = "",
 
     for path in (path for path in map(Path, figures) if path.is_file()):
         picture = b64encode(path.read_bytes()).decode()
-        sections.append(f'<figure><img alt="{path.stem}" src="data:image/png;base64,{picture}"></figure>')
+        first.append(f'<figure><img alt="{path.stem}" src="data:image/png;base64,{picture}"></figure>')
     for path in paths:
         body = UNWANTED.sub("", exporter.from_notebook_node(nbformat.read(path, as_version=4))[0])
         body = re.sub(r'href="([\w.-]+)[.]ipynb', r'href="#\1', body)
@@ -43,5 +45,6 @@ def write_report(notebooks_dir, out_path, *, title: str, summary_html: str = "",
         body = re.sub(r"(?s)<h([1-3])\b[^>]*>(.*?)</h\1>", anchor, body)
         sections.append(f'<section id="{path.stem}">{body}</section>')
     page = Template(resources.files("xdistil").joinpath("report.html").read_text(encoding="utf-8"))
+    parts = {"contents": contents, "figures": first, "sections": sections}
     return save_text(Path(out_path), page.substitute(title=escape(title), summary=UNWANTED.sub("", summary_html),
-                                                     contents="".join(contents), sections="".join(sections)))
+                                                     **{name: "".join(part) for name, part in parts.items()}))

@@ -13,6 +13,17 @@ from xdistil.provenance import given_teacher
 from xdistil.runs import Run, Stage, stage_before
 from xdistil.staging import as_stage, load_student
 
+PREDICTIONS = {"teacher": "teacher_predictions.tsv", "student": "predictions.tsv"}
+
+
+def predictions(stage: Stage, by_word: bool) -> dict[str, list[list[str]]]:
+    """What teacher (if it was scored) and student said of the test sentences, by evaluation."""
+    def read(path):  # words or text, tags or label, language
+        tags = (line.split("\t")[-2] for _, line in data.read_lines(path))
+        return [tag.split(" ") if by_word else [tag] for tag in tags]
+
+    return {who: read(path) for who, name in PREDICTIONS.items() if (path := stage.dir / name).is_file()}
+
 
 def compare_teachers(inputs: Inputs, accelerator) -> dict[str, float]:
     """Of several teachers (0..1): macro F1 on dev of each and of all as one, the share of dev's words on which two
@@ -43,10 +54,10 @@ def evaluate_student(params: Params, run: Run, stage: Stage, accelerator):
     alone = not params.distil or run.origin is not run  # there the teacher was scored
     for name, done, own in sides[alone:]:
         scores, tags = own.score(pair[name], "test", accelerator)
+        data.write_tagged(stage.dir / PREDICTIONS[name], gold, tags)
         metrics[name] = {"test": scores, "dev": run.stage(done).metrics["dev"], **sizes[name],
                          "mb": sizes[name]["parameters"] * 4 / 1e6,
                          **evaluate.measure_speed(pair[name], own.read("test")[1], own.pad_id, accelerator)}
-    data.write_tagged(stage.dir / "predictions.tsv", gold, tags)  # the student's: it comes last
     if not alone:
         metrics["retention"] = evaluate.retention(metrics["student"]["test"], metrics["teacher"]["test"])
     with accelerator.autocast():

@@ -117,5 +117,7 @@ class Run:
         return {title: side for title, side in found.items() if side}
 
     def save_figure(self, figure, name: str) -> Path:
-        """Save a matplotlib figure as figures/NAME.png and return its path."""
-        return save_atomic(self.dir / "figures" / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
+        """Save a matplotlib figure as figures/NAME.svg and NAME.png, and return the latter's path."""
+        for form, more in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
+            path = save_atomic(self.dir / "figures" / f"{name}.{form}", partial(figure.savefig, format=form, **more))
+        return path

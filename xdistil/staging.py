@@ -6,7 +6,7 @@ import time
 
 from accelerate.utils import set_seed
 
-from xdistil import alarms, models
+from xdistil import alarms, live, models
 from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.files import save_json
 from xdistil.inputs import Inputs
@@ -55,8 +55,9 @@ def fit_stage(params: Params, stage: Stage, accelerator, model, terms, feed, jud
         if hasattr(part, "set_attn_implementation"):
             models.return_maps(part)  # plain attention: the fused one learns slower there, and cannot drop out
     same = params.pick("patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
-    return fit(model, terms, feed, judge, Recipe(epochs, lr, **same), steps, accelerator=accelerator, folder=stage.dir,
-               name=stage.name, weights=weights)
+    with live.watching(stage.name, epochs) as watch:
+        return fit(model, terms, feed, judge, Recipe(epochs, lr, **same), steps, accelerator=accelerator,
+                   folder=stage.dir, name=stage.name, weights=weights, watch=watch)
 
 
 def load_student(run: Run, name: str, inputs: Inputs, device="cpu"):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from joblib import Parallel, delayed
 
-from xdistil import data, evaluate, stages
+from xdistil import evaluate, stages
 from xdistil.files import save_json
 from xdistil.inputs import Inputs
 from xdistil.params import Params, load_params, repo_root
 from xdistil.provenance import is_done, task_file, teacher_dir
+from xdistil.results import predictions
 from xdistil.runs import Run, stages_of
 from xdistil.tables import Table
 
@@ -74,8 +75,7 @@ def _scores(cell: Params) -> dict[str, float]:
 def compare(params: Params, run: Run, cells: Cells) -> list[dict]:
     """What each cell gains over the base on test, over its seeds: rows of `evaluate.paired_bootstrap`."""
     gold = Inputs(params, run).sentences("test")
-    tags = {title: [[line.split("\t")[-2].split(" ") if params.do_NER else [line.split("\t")[-2]] for _, line in
-                     data.read_lines(Run(cell).stage("evaluation").dir / "predictions.tsv")] for cell in group]
+    tags = {title: [predictions(Run(cell).stage("evaluation"), params.do_NER)["student"] for cell in group]
             for title, group in cells.items()}
     base = tags.pop("base")
     return [{"cell": title, **evaluate.paired_bootstrap(gold, base, found, by_word=params.do_NER)}

@@ -1,8 +1,8 @@
 """The loop: one `fit` for every stage. It knows no NER, no teacher and no Params."""
 
+import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -12,13 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
 
 from xdistil.files import read_jsonl, save_atomic, save_text
 from xdistil.unfreeze import freeze_to, learning_mode
 
 RECORD_EVERY = 20  # optimizer updates between two training records of history.jsonl
-LINE_EVERY = 15.0  # seconds between two lines of progress when no one watches a bar
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Position:
     step: int = 0
     epoch: int = 0
     chunk: int = 0
+    batch: int = 0  # of this chunk
     seen: int = 0  # windows of this epoch
     updates: int = 0
     best: float | None = None
@@ -58,6 +57,13 @@ class Position:
     windows: int = 0
     seconds: float = 0.0
     records: int = 0
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop and did so at a checkpoint: the same call goes on from there."""
+
+    def _render_traceback_(self):  # IPython's: no traceback, as nothing went wrong
+        return [str(self)]
 
 
 def lr_factor(progress: float, warmup_ratio: float, schedule: str) -> float:
@@ -111,9 +117,11 @@ def load_checkpoint(path: Path) -> tuple[Position, dict[str, torch.Tensor]]:
 
 def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Tensor]], feed: Feed,
         evaluate: Callable[[nn.Module], dict], recipe: Recipe, steps: list[tuple[str, list[str]]], *,
-        accelerator, folder: Path, name: str = "training", weights: dict[str, float] | None = None) -> dict:
+        accelerator, folder: Path, name: str = "training", weights: dict[str, float] | None = None,
+        watch: Callable[[list[dict], float], bool] = lambda records, done: False) -> dict:
     """Train through unfreezing steps, each with a fresh optimizer and ending with the best weights it saw. Returns
     metric, score, updates, epochs, windows, seconds, windows_per_second. FloatingPointError: the loss is not finite.
+    Stopped: `watch` asked for it.
     Args:
         terms: the loss terms of a batch, unweighted scalars by name; their weighted sum is the loss.
         evaluate: returns `metric` (a name) and `score`; lower is better where the name ends in "loss". The weights
@@ -121,7 +129,9 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         steps: (name, names of the parameters that learn), see `unfreeze.unfreezing_steps`.
         folder: gets history.jsonl and checkpoint.safetensors; an interrupted call goes on from there and ends with
             the numbers of an uninterrupted one (CPU, float32).
-        weights: of the terms, by name; 1 for all others."""
+        weights: of the terms, by name; 1 for all others.
+        watch: called after each update with the records so far and the share (0..1) of the step that is done; True
+            stops at the next checkpoint, at most RECORD_EVERY updates away."""
     path, started = folder / "checkpoint.safetensors", time.monotonic()
     (at, tensors), current = load_checkpoint(path), dict(model.named_parameters())
     records, before = read_jsonl(folder / "history.jsonl")[: at.records], at.seconds
@@ -130,7 +140,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
     if tensors:
         print(f"[{name}] resumes at step {at.step + 1}/{len(steps)}, epoch {at.epoch + 1}, chunk "
               f"{at.chunk + 1}/{feed.n_chunks}", flush=True)
-    headless, last_line, recent = bool(os.environ.get("XDISTIL_HEADLESS")), started, []
+    recent = []
 
     def save(best, optimizer=None):
         at.records, at.seconds = len(records), before + time.monotonic() - started
@@ -154,6 +164,12 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
                         "lr": optimizer.param_groups[0]["lr"], **means})
         recent.clear()
 
+    def look():  # what is between two records is in no checkpoint
+        if watch(records, min(1.0, (at.epoch + at.seen / feed.n_windows) / recipe.epochs)) and not recent:
+            save(best, optimizer)
+            raise Stopped(f"[{name}] stopped at a checkpoint after {at.updates:,} updates; the same call goes on from "
+                          "there")
+
     for step in range(at.step, len(steps)):
         where = {"step": step + 1, "step_name": steps[step][0]}
         freeze_to(model, steps[step][1])
@@ -169,15 +185,15 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         tensors = {}
         if at.best is None:
             judge(0)
-        bar = tqdm(total=recipe.epochs * feed.n_windows, initial=at.epoch * feed.n_windows + at.seen,
-                   desc=f"{name} {where['step_name']}", unit="window", disable=headless, mininterval=0.5)
         while at.epoch < recipe.epochs and at.bad_epochs < recipe.patience:
             learning_mode(model)
             for chunk in range(at.chunk, feed.n_chunks):
-                for batch in feed.batches(step * recipe.epochs + at.epoch, chunk):
+                batches = feed.batches(step * recipe.epochs + at.epoch, chunk)
+                for batch in itertools.islice(batches, at.batch, None):
                     batch = to_device(batch, accelerator.device)
                     size = len(batch["input_ids"])
                     at.seen, at.windows, at.updates = at.seen + size, at.windows + size, at.updates + 1
+                    at.batch += 1
                     done = (at.epoch + at.seen / feed.n_windows) / recipe.epochs
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * lr_factor(min(done, 1), recipe.warmup_ratio, recipe.lr_schedule)
@@ -189,19 +205,15 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
                     optimizer.step()
                     optimizer.zero_grad()
                     recent.append({key: value.detach() for key, value in {"loss": loss, **found}.items()})
-                    bar.update(size)
                     if len(recent) == RECORD_EVERY:
                         record()
-                        bar.set_postfix(loss=f"{records[-1]['loss']:.4g}", refresh=False)
-                        if headless and time.monotonic() - last_line > LINE_EVERY:
-                            last_line = time.monotonic()
-                            print(f"[{name}] {where['step_name']}: {done:.0%} of {recipe.epochs} epochs, "
-                                  f"loss {records[-1]['loss']:.4g}", flush=True)
+                    look()
                 if recent:
                     record()
-                at.chunk = chunk + 1
+                at.chunk, at.batch = chunk + 1, 0
                 if at.chunk < feed.n_chunks:
                     save(best, optimizer)
+                    look()
             ahead = judge(at.epoch + 1)
             if ahead:
                 best = {n: p.detach().cpu().clone() for n, p in members.items()}
@@ -210,7 +222,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
             print(f"[{name}] {where['step_name']}: epoch {at.epoch}/{recipe.epochs}, {records[-1]['metric']} "
                   f"{records[-1]['score']:.4f}{' (best)' if ahead else ''}", flush=True)
             save(best, optimizer)
-        bar.close()
+            look()
         model.load_state_dict(best, strict=False)
         at.step, at.epoch, at.bad_epochs = step + 1, 0, 0
         save({})

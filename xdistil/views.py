@@ -3,10 +3,12 @@
 import numpy as np
 import torch
 
-from xdistil import data, evaluate, models, stages, students, wordwise
+from xdistil import data, errors, evaluate, models, stages
 from xdistil.feeds import layer_pairs
 from xdistil.inputs import Inputs
+from xdistil.inside import Pair
 from xdistil.params import Params
+from xdistil.results import predictions
 from xdistil.runs import Run, Stage, stages_of
 from xdistil.tables import Table
 
@@ -117,27 +119,61 @@ def typical_sentence(sentences: data.Sentences) -> list[str]:
 
 
 def attention_example(params: Params, run: Run, stage: str = "hidden", text: str | None = None) -> dict:
-    """Attention in the top layers of the teacher and of a stage's student (on the CPU): tokens [S], teacher [A_t, S,
-    S], student [A_s, S, S], NaN if it is a BiLSTM. `text`: one sentence, words separated by spaces, a text, or a pair
-    with a tab between; default: a dev sentence with entities, or the first text. With two tokenizers: between words,
-    by their first sub-words in the student's."""
-    inputs = Inputs(params, run)
-    given = (text.split() if inputs.by_word else [text]) if text else typical_sentence(inputs.read("dev")[0])
-    examples = inputs.encode(data.Sentences([given]))
-    batch = data.collate(examples, [0], inputs.pad_id)
-    shown = wordwise.compared(batch)[0] > 0
-    found = {"tokens": inputs.tokenizer.convert_ids_to_tokens(batch["input_ids"][0, shown].tolist())}
-    student = models.load_classifier(run.stage(stage).dir, inputs.labels, "model_dir", params.unit).eval()
-    for name, model in (("teacher", inputs.load_teacher()), ("student", student)):
-        if students.is_bilstm(model.config):
-            found[name] = np.full((1, *[len(found["tokens"])] * 2), np.nan)
-            continue
-        models.return_maps(model)
-        with torch.inference_mode():
-            read = wordwise.as_teacher_reads(examples, batch, model) if name == "teacher" else batch
-            maps = wordwise.pool_maps(models.run_model(model, read, False, True)[2][-1], read, batch)
-            found[name] = maps[0][:, shown][..., shown].numpy()
-    return found
+    """Attention in the top layer of a stage's student and in the teacher's that is paired with it (on the CPU): tokens
+    [S], teacher and student [A, S, S], see `inside.Look.attention`. `text`: one sentence, words separated by spaces, a
+    text, or a pair with a tab between; default: a dev sentence with entities, or the first text."""
+    pair = Pair(params, run)
+    words = pair.words_of(text) if text else typical_sentence(pair.inputs.sentences("dev"))
+    look = pair.look(stage, tuple(words))
+    teacher, student = look.attention(max(look.paired))
+    return {"tokens": look.tokens, "teacher": teacher, "student": student}
+
+
+def _predictions(params: Params, run: Run):
+    """Gold of the test set, and what teacher, if there is one, and student say: sentences, spans of both."""
+    gold = Inputs(params, run).sentences("test")
+    said = predictions(run.stage("evaluation"), params.do_NER)
+    return gold, errors.spans(gold.tags, params.do_NER), {
+        who: errors.spans(tags, params.do_NER) for who, tags in said.items()}
+
+
+def confusion(params: Params, run: Run) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Entity types or labels that teacher and student take for each other on test, see `errors.confusion`."""
+    _, gold, sides = _predictions(params, run)
+    return errors.confusion(gold, sides)
+
+
+def wrong_words(params: Params, run: Run, n: int = 15) -> Table:
+    """The words of the test set that the student most often tags wrongly."""
+    if not params.do_NER:
+        return Table([{"words": "texts have one label; see the confusion of labels"}])
+    gold, said = Inputs(params, run).sentences("test"), predictions(run.stage("evaluation"), True)
+    rows = errors.wrong_words(gold.words, gold.tags, said, n)
+    return Table(rows or [{"words": "none is wrong"}], "words of test that the student most often tags wrongly")
+
+
+def lost(params: Params, run: Run, n: int = 10) -> Table:
+    """Test sentences in which the student lost most of what the teacher had."""
+    sentences, gold, sides = _predictions(params, run)
+    if "teacher" not in sides:
+        return Table([{"lost": "no predictions of a teacher are there to compare with"}])
+    rows = errors.lost(sentences.words, gold, **sides, n=n)
+    return Table(rows or [{"lost": "nothing"}], "test sentences in which the student lost what the teacher had")
+
+
+def score_by_length(params: Params, run: Run) -> tuple[list[dict], str]:
+    """What there is on test by the length of the sentence, see `errors.by_length`, and what it is called."""
+    sentences, *sides = _predictions(params, run)
+    return errors.by_length(sentences.words, *sides), "micro F1" if params.do_NER else "accuracy"
+
+
+def score_by_frequency(params: Params, run: Run) -> list[dict]:
+    """F1 on test by how often an entity is in the training set, see `errors.by_frequency`; [] of texts."""
+    if not params.do_NER:
+        return []
+    train = Inputs(params, run).sentences("train")
+    sentences, *sides = _predictions(params, run)
+    return errors.by_frequency(sentences.words, *sides, train.words, errors.spans(train.tags))
 
 
 def trial(params: Params, run: Run) -> tuple[str, object, dict]:
