@@ -56,7 +56,9 @@ def test_tables_of_scores_and_choices(runs):
     rows = {row["run"]: row for row in compare.scores(found).rows}
     assert rows["small"]["macro F1 (%)"] == pytest.approx(80) and "test file" not in rows["small"]
     assert rows["large"]["of the teacher's (%)"] == pytest.approx(100 * 0.88 / 0.9)
-    assert compare.choices(found).columns == ["run", "seed"]
+    (row,) = compare.choices(found).rows  # of the parameters that differ
+    assert row == {"parameter": "seed", **{name: str(run["asked"]["seed"]) for name, run in found.items()}}
+    assert compare.choices({"large": found["large"]}).rows == [{"parameter": "none"}]
     found["small"]["test"] = "other"  # F1 on another test file is told
     assert "test file" in compare.scores(found).columns
 

@@ -44,12 +44,12 @@ def scores(runs: dict[str, dict]) -> Table:
 
 
 def choices(runs: dict[str, dict]) -> Table:
-    """The parameters in which the runs differ."""
+    """The parameters in which the runs differ, a column for each run."""
     asked = {name: {key: str(value) for key, value in run["asked"].items()} for name, run in runs.items()}
     names = sorted({key for values in asked.values() for key in values} - {"model_dir"})
-    names = [key for key in names if len({values.get(key) for values in asked.values()}) > 1]
-    return Table([{"run": name, **{key: values.get(key) for key in names}} for name, values in asked.items()],
-                 "what differs" if names else "the parameters of all runs are the same")
+    rows = [{"parameter": key, **{name: values.get(key) for name, values in asked.items()}} for key in names]
+    return Table([row for row in rows if len(set(row.values()) - {row["parameter"]}) > 1] or [{"parameter": "none"}],
+                 "what differs")
 
 
 def pareto_front(costs: list[float], gains: list[float]) -> list[bool]:

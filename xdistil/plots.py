@@ -57,14 +57,14 @@ def name_tokens(tokens, most=36):
     return shown, names, {"parse_math": False, "family": FAMILIES, "size": min(9, 200 / len(names))}
 
 
-def _heat_map(matrix, title, label, vmax, texts=None, **settings):
-    """Colours from 0 to `vmax`, NaN grey, row 0 at the bottom; in the cells `texts`, or values unless too many."""
+def _heat_map(matrix, title, label, vmax, texts=None, vmin=0, **settings):
+    """Colours from `vmin` to `vmax`, NaN grey, row 0 at the bottom; in the cells `texts`, or values unless too many."""
     rows, cols = matrix.shape
     size = min(1.7 + 0.36 * rows, 8), min(max(7.6, 3.4 + 0.62 * cols), 11.6)  # wide enough for the title
     fig, ax = _figure(title, *size, grid=False, facecolor="#ccc", xticks=range(cols), yticks=range(rows), **settings)
-    fig.colorbar(ax.imshow(matrix, "cividis", vmin=0, vmax=vmax, aspect="auto", origin="lower"), label=label)
+    fig.colorbar(ax.imshow(matrix, "cividis", vmin=vmin, vmax=vmax, aspect="auto", origin="lower"), label=label)
     for row, col in np.argwhere(np.isfinite(matrix)) if max(rows, cols) <= 16 else ():
-        ink = "white" if matrix[row, col] < 0.55 * vmax else "black"
+        ink = "white" if matrix[row, col] < vmin + 0.55 * (vmax - vmin) else "black"
         text = texts[row][col] if texts else f"{matrix[row, col]:.2f}"
         ax.text(col, row, text, ha="center", va="center", fontsize=8, color=ink)
     return fig, ax

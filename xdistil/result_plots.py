@@ -74,6 +74,6 @@ def plot_front(points, title):
 def plot_retention(names, languages, shares, title):
     """`shares` [runs, languages]: the student's F1 as a share of its teacher's (1 = all; NaN: not measured)."""
     shares = np.array(shares, dtype=float)
-    most = max(1.0, np.nanmax(shares, initial=0))
-    return _heat_map(shares[::-1], title, "student F1 / teacher F1", most, xticklabels=languages,
+    least, most = min(0.8, np.nanmin(shares, initial=1)), max(1.0, np.nanmax(shares, initial=0))
+    return _heat_map(shares[::-1], title, "student F1 / teacher F1", most, vmin=least, xticklabels=languages,
                      yticklabels=names[::-1])[0]
