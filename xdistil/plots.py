@@ -58,7 +58,7 @@ def name_tokens(tokens, most=36):
 
 
 def _heat_map(matrix, title, label, vmax, texts=None, vmin=0, **settings):
-    """Colours from `vmin` to `vmax`, NaN grey, row 0 at the bottom; in the cells `texts`, or values unless too many."""
+    """Colours from `vmin` to `vmax`, NaN grey, row 0 at the bottom; in cells `texts`, or values unless too many."""
     rows, cols = matrix.shape
     size = min(1.7 + 0.36 * rows, 8), min(max(7.6, 3.4 + 0.62 * cols), 11.6)  # wide enough for the title
     fig, ax = _figure(title, *size, grid=False, facecolor="#ccc", xticks=range(cols), yticks=range(rows), **settings)
