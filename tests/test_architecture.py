@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted((ROOT / "xdistil").glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
 LEVELS = [  # a module may import those of lower levels only
-    {"tables"},
+    {"tables", "processes"},
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "card", "alarms"},
     {"dropout", "alignment_plots", "result_plots"}, {"runs", "devices", "data", "demo_data", "models"},

@@ -2,16 +2,27 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from xdistil import training
 from xdistil.devices import open_accelerator
 from xdistil.files import read_jsonl
-from xdistil.training import Feed, Recipe, Stopped, fit, load_checkpoint, lr_factor, make_optimizer
+from xdistil.training import (
+    Feed,
+    Recipe,
+    Stopped,
+    fit,
+    load_checkpoint,
+    lr_factor,
+    make_optimizer,
+    step_unless_infinite,
+)
 
 EPOCHS, CHUNKS, BATCHES, SIZE = 2, 2, 2, 4  # of a step, of an epoch, of a chunk, of a batch
 WINDOWS = CHUNKS * BATCHES * SIZE
@@ -354,21 +365,44 @@ def test_a_call_after_completion_trains_nothing(tmp_path, whole):
     assert files == {"history.jsonl": (tmp_path / "history.jsonl").read_bytes()}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path, whole, value):
+def spoilt(value, *updates):
+    """The terms, with a loss that is `value` in these updates."""
     count = itertools.count(1)
 
-    def spoilt(model, batch):
+    def spoil(model, batch):
         found = terms(model, batch)
-        return {"labels": found["labels"] * value} if next(count) == 11 else found
+        return {"labels": found["labels"] * value} if next(count) in updates else found
 
-    with pytest.raises(FloatingPointError, match="learning rate.*opt_policy: float32"):
-        train(tmp_path, terms=spoilt)
+    return spoil
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(tmp_path, whole, value):
+    with pytest.raises(FloatingPointError, match="learning rate or set.*opt_policy: float32"):
+        train(tmp_path, terms=spoilt(value, *range(11, 99)))
     position, tensors = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert (position.step, position.epoch, position.chunk, position.updates) == (1, 0, 1, 10)
     assert tensors and all(torch.isfinite(t.float()).all() for t in tensors.values())
+    batch = load_file(tmp_path / "not_finite.safetensors")
+    assert torch.equal(batch["input_ids"], list(batches(EPOCHS, 1))[0]["input_ids"])  # the first of these
     model, _, history = train(tmp_path)
     assert same(weights_of(model), whole[0]) and history == whole[2]
+
+
+def test_an_update_with_a_loss_that_is_not_finite_is_left_out_and_counted(tmp_path):
+    recipe = replace(RECIPE, epochs=1, warmup_ratio=0, lr_schedule="constant")
+    _, _, history = train(tmp_path, terms=spoilt(math.nan, 2), recipe=recipe, steps=STEPS[:1])
+    skipped = [record.get("skipped", 0) for record in history if record["kind"] == "train"]
+    assert skipped[0] == 1 and sum(skipped) == 1 and all(math.isfinite(record.get("loss", 0)) for record in history)
+    model, optimizer = new_model(), None
+    optimizer = open_accelerator("cpu", "float32", quiet=True).prepare(make_optimizer(model, 0.1, 0.0))
+    before = weights_of(model)
+    for norm, unchanged in ((math.inf, True), (1.0, False)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        assert bool(step_unless_infinite(optimizer, torch.tensor(norm), None)) == unchanged == same(
+            weights_of(model), before)
+
 
 
 def test_the_checkpoint_is_one_safetensors_file(tmp_path, whole):

@@ -7,7 +7,7 @@ import timeit
 import numpy as np
 import torch
 
-from xdistil import data, grouping, models
+from xdistil import data, grouping, models, processes
 
 # keys of scores, and what they are called
 MEANS = {"macro": "macro F1", "micro": "micro F1", "accuracy": "accuracy", "matthews": "Matthews"}
@@ -38,14 +38,16 @@ def predict(model, examples: data.Examples, words: list[list[str]], labels: list
     order: at the word's first sub-word, in the one window that owns it. Of a text or pair, see `texts`, one label."""
     tags, scores = ([[empty] * len(sentence) for sentence in words] for empty in ("O", 1.0))
     model.eval()
-    for rows, width in _batches(examples.lengths, batch_size, accelerator) if len(examples) else ():
+    grouped, found = _batches(examples.lengths, batch_size, accelerator) if len(examples) else [], []
+    for rows, width in grouped[processes.rank() :: processes.size()]:
         batch = data.collate(examples, rows, pad_id, width)
         score, best = _best(model, batch, accelerator, entropy)
         word_of = batch["words"][:, : best.shape[1]]
         first = word_of >= 0
         sentences = examples.sentences[rows][first.nonzero()[:, 0].numpy()]
-        for sentence, word, label, sure in zip(sentences, *(x[first].tolist() for x in (word_of, best, score)),
-                                               strict=True):
+        found.append((sentences, *(x[first].numpy() for x in (word_of, best, score))))
+    for part in itertools.chain.from_iterable(processes.gather(found)):
+        for sentence, word, label, sure in zip(*(x.tolist() for x in part), strict=True):
             tags[sentence][word], scores[sentence][word] = labels[label], sure
     return tags, scores
 

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import torch
 
-from xdistil import data, grouping, models, students
+from xdistil import data, grouping, losses, models, processes, students, wordwise
 from xdistil.ensemble import hash_weights
 from xdistil.frozen import FrozenStates
 from xdistil.inputs import Inputs
@@ -72,13 +72,14 @@ def labelled_feed(params: Params, model, inputs: Inputs, batch_size: int, accele
     """Train or dev in batches, with what the model's frozen layers say."""
     examples = inputs.read(name)[1]
     shapes = grouping.grid(examples.lengths, batch_size, grouping.shapes_for(accelerator))
+    windows = np.arange(len(examples))
 
     def batches(pass_number: int, _chunk: int):
         for rows, width in grouping.batches(examples.lengths, shapes, params.seed + 7919 * pass_number):
-            yield data.collate(examples, rows, inputs.pad_id, width)
+            yield wordwise.count_own(examples, windows, rows, width, inputs.pad_id)
 
     through = from_frozen(params, model, examples, inputs.pad_id, accelerator)
-    return Feed(through(np.arange(len(examples)), batches), len(examples))
+    return Feed(through(windows, batches), len(examples))
 
 
 def with_labelled(batches, labelled: Feed):
@@ -100,10 +101,11 @@ def held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
         model.eval()
         means, n = {}, 0
         for batch in held_out():
-            batch, size = to_device(batch, accelerator.device), len(batch["input_ids"])
-            with torch.inference_mode(), accelerator.autocast():
+            size, batch = int(batch.get("of", len(batch["windows"]))), to_device(batch, accelerator.device)
+            with torch.inference_mode(), accelerator.autocast(), processes.sharing(losses.shared_out):
                 found = terms(model, batch)
             n += size
+            found = dict(zip(found, processes.mean(torch.stack([*found.values()])), strict=True))
             for name, value in found.items():
                 means[name] = means.get(name, 0.0) + (float(value) - means.get(name, 0.0)) * size / n
         total = sum(weights.get(name, 1.0) * mean for name, mean in means.items())

@@ -6,9 +6,14 @@ import json
 import os
 from pathlib import Path
 
+from xdistil import processes
+
 
 def save_atomic(path: Path, write) -> Path:
-    """Call `write(temporary_path)`, flush it to disk, then rename it to `path`."""
+    """Call `write(temporary_path)`, flush it to disk, then rename it to `path`; of several processes only the first
+    does."""
+    if processes.rank() > 0:
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdistil import alarms, data, ensemble, evaluate, models, students, texts, tf_weights, transfer, vocab
+from xdistil import alarms, data, ensemble, evaluate, models, processes, students, texts, tf_weights, transfer, vocab
 from xdistil.devices import open_accelerator
 from xdistil.files import read_json, save_json
 from xdistil.params import Params, fingerprint
@@ -126,6 +126,7 @@ class Inputs:
             _, each = evaluate.predict(teacher, self.teacher.encode(found, "transfer"), found.words, self.labels,
                                        self.teacher.pad_id, accelerator, entropy=True)
             save_json(kept, [float(np.mean(values)) for values in each])
+            processes.wait()
         return np.array(read_json(kept))
 
     def keys(self, name: str) -> np.ndarray:

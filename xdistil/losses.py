@@ -2,16 +2,31 @@
 Below, s and t are the student's and the teacher's values at one real position, mean runs over all of those."""
 
 import math
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
 
 IGNORED = -100  # the label of positions without a tag: special tokens, later sub-words, padding
+TOTAL = ContextVar("TOTAL", default=lambda count: count.clamp(min=1))  # of a count, what a mean divides by
+
+
+@contextmanager
+def shared_out(mean):
+    """Inside, where a batch is shared out among processes, means divide by the mean over these, `mean`, of the counts
+    of positions: so the mean of all losses is the loss of the whole batch, however unequal the parts. (CKA is no mean
+    over tokens: of several processes each has that of its own part.)"""
+    token = TOTAL.set(lambda count: mean(count).clamp(min=1e-9))
+    try:
+        yield
+    finally:
+        TOTAL.reset(token)
 
 
 def masked_mean(values, mask):
     """Mean of `values` where `mask` (broadcast against it) is 1; 0 when the mask is empty."""
-    return values.where(mask > 0, 0.0).sum() / mask.expand_as(values).sum().clamp(min=1)
+    return values.where(mask > 0, 0.0).sum() / TOTAL.get()(mask.expand_as(values).sum())
 
 
 def _same_shape(student, teacher):
@@ -29,7 +44,7 @@ def _real(student, teacher, mask):
 def _mse(student, teacher, mask):
     _same_shape(student, teacher)
     difference = torch.where(mask > 0, student.float() - teacher.float(), 0.0)  # few passes: this is a hot place
-    return difference.square().sum() / (mask.sum() * (difference.numel() // mask.numel())).clamp(min=1)
+    return difference.square().sum() / TOTAL.get()(mask.sum() * (difference.numel() // mask.numel()))
 
 
 def hidden_mse(student, teacher, mask):

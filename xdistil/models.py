@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import xdistil.bilstm  # noqa: F401 (the auto classes know it from here on)
-from xdistil import dropout, families, tf_weights
+from xdistil import dropout, families, processes, tf_weights
 from xdistil.files import read_json
 from xdistil.unfreeze import encoder_layers, word_embedding
 
@@ -249,8 +249,10 @@ def save_model(model, tokenizer, folder: Path) -> None:
     """Write a Hugging Face folder; it is whole once the stage that writes it is marked done."""
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if processes.rank() == 0:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    processes.wait()
 
 
 def size_of(model) -> dict[str, int]:

@@ -47,6 +47,7 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     augment_mentions: float = _field(
         0.0, "so many times more transfer sentences, from train.tsv with other mentions of each type", ge=0)
     seed: int = _field(42, "seed of every random choice", ge=0)
+    num_processes: int = _field(1, "processes on this machine that train together, one a GPU", ge=1)
     device: Literal["auto", "cpu", "cuda", "xla", "mps"] = _field("auto", "where models run")
     opt_policy: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = _field(
         "auto", "precision; auto: bfloat16 where the hardware has its arithmetic, else float32")

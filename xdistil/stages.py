@@ -1,20 +1,21 @@
 """The spine: seven calls, in order. What is finished and unchanged is not repeated, what was interrupted goes on."""
 
 import functools
+import sys
 
 import numpy as np
 from safetensors.torch import save_file
 from torch import nn
 
-from xdistil import alarms, alignment, dropout, embeddings, feeds, losses, models, students, wordwise
+from xdistil import alarms, alignment, dropout, embeddings, feeds, losses, models, processes, students, wordwise
 from xdistil.devices import open_accelerator
 from xdistil.files import save_atomic
 from xdistil.frozen import run_upper
 from xdistil.inputs import Inputs
-from xdistil.params import Params
+from xdistil.params import Params, load_params
 from xdistil.provenance import is_done, teacher_dir, teacher_source
 from xdistil.results import compare_teachers, evaluate_student, export_student  # noqa: F401  two of the seven
-from xdistil.runs import INSTEAD, Run, Stage, baselines_of
+from xdistil.runs import INSTEAD, STAGES, Run, Stage, baselines_of, stages_of
 from xdistil.staging import as_stage, fit_stage, load_student, save_student
 from xdistil.targets import TargetSpec
 from xdistil.training import Feed, part
@@ -131,7 +132,7 @@ def distil_hidden(params: Params, run: Run, stage: Stage, accelerator):
     tensors = {name: weight.contiguous().cpu() for name, weight in projections.state_dict().items()}
     save_atomic(stage.dir / "projections.safetensors", lambda path: save_file(tensors, path))
     store.drop("hidden", "attention", "qkv")
-    return found | summary | {"head": head, "teacher_windows": store.asked, "alignment_before": before,
+    return found | summary | {"head": head, "teacher_windows": store.all_asked, "alignment_before": before,
                               "alignment_after": (after := measure()), "alarms": [
         *alarms.projection_alone(stage.history, before, after, projections), *inputs.leaks("dev", "transfer"),
         *alarms.collapse(after, "the teacher's" in head)]}
@@ -164,7 +165,7 @@ def distil_logits(params: Params, run: Run, stage: Stage, accelerator):
     judge = feeds.held_out_loss(terms, held_out, weights, accelerator)
     summary = fit_stage(params, stage, accelerator, student, terms, feed, judge, params.distil_epochs, params.logit_lr,
                         steps, weights)
-    found = save_student(stage, student, inputs, accelerator) | summary | {"teacher_windows": store.asked}
+    found = save_student(stage, student, inputs, accelerator) | summary | {"teacher_windows": store.all_asked}
     return found | ({"teachers": compare_teachers(inputs, accelerator)} if params.more_teachers else {})
 
 
@@ -207,3 +208,23 @@ def _student_and_steps(params: Params, run: Run, name: str, inputs: Inputs, devi
     student = load_student(run, name, inputs, device)
     dropout.set_dropout(student, hidden=params.dropout, attention=params.dropout)
     return student, unfreezing_steps(layer_groups(student), params.unfreeze, _frozen_words(params, student))
+
+
+def main() -> int:
+    """`python -m xdistil.stages PARAMS [STAGE ...]`: the stages of a params file, by default all, without notebooks;
+    under torchrun in all of its processes, which share the folder of the run. Exit codes as of `xdistil`."""
+    try:
+        params = load_params(sys.argv[1])
+        with processes.joined(params.device == "cpu"):
+            run = Run(params)
+            processes.agree(lambda: check(params, run))
+            for name in sys.argv[2:] or stages_of(params):
+                globals()[STAGES[name]](params, run)
+        return 0
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"xdistil: {error}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,12 +1,13 @@
 """What every stage does: check what is before it, begin, work, write what came out; read and write students."""
 
+import contextlib
 import functools
 import itertools
 import time
 
 from accelerate.utils import set_seed
 
-from xdistil import alarms, live, models
+from xdistil import alarms, live, models, processes
 from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.files import save_json
 from xdistil.inputs import Inputs
@@ -14,6 +15,8 @@ from xdistil.params import Params
 from xdistil.provenance import depends
 from xdistil.runs import STAGES, Run, Stage, describe_changes, stage_before, stages_of
 from xdistil.training import Recipe, fit
+
+TOGETHER = ("teacher", "hidden", "logits", "labels")  # the stages that several processes do together
 
 
 def as_stage(work):
@@ -31,22 +34,32 @@ def as_stage(work):
             if found != wanted:
                 why = describe_changes(found, wanted) if found else "it has not finished"
                 raise RuntimeError(f"{name} needs stage {earlier}: {why}; run {STAGES[earlier]} first")
-        stage = run.stage(name)
-        if stage.begin(depends(params, run, name)):
-            save_json(run.dir / "params.json", params.model_dump())
-            start = time.monotonic()
-            set_seed(params.seed)
-            metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
-            dev = [m["dev"]["macro"] for m in (*(run.stage(x).metrics for x in before[-1:]), metrics) if "dev" in m]
-            metrics["alarms"] = [*metrics.get("alarms", ()), *alarms.overfitting(stage.history, dev)]
-            seconds = round(time.monotonic() - start, 2)
-            stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": peak_memory_mb()})
-            stage.say(f"finished in {seconds} s")
+        stage, together = run.stage(name), name in TOGETHER
+        if together and processes.size() < params.num_processes and stage.done != depends(params, run, name):
+            processes.launch(params.model_dump(), params.num_processes, name)
+        elif processes.agree(lambda: stage.begin(depends(params, run, name))) and (together or processes.rank() == 0):
+            with contextlib.nullcontext() if together else processes.alone():
+                _do(work, params, run, stage, before)
+        processes.wait()
         for text in stage.metrics.get("alarms", ()):
             stage.say(f"[alarm] {text}")
         return stage
 
     return call
+
+
+def _do(work, params: Params, run: Run, stage: Stage, before: list[str]) -> None:
+    """Work, and write what came out."""
+    save_json(run.dir / "params.json", params.model_dump())
+    start = time.monotonic()
+    set_seed(params.seed + processes.rank())  # of dropout; orders are the same in all
+    metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
+    dev = [m["dev"]["macro"] for m in (*(run.stage(x).metrics for x in before[-1:]), metrics) if "dev" in m]
+    metrics["alarms"] = [*metrics.get("alarms", ()), *alarms.overfitting(stage.history, dev)]
+    seconds = round(time.monotonic() - start, 2)
+    if processes.rank() == 0:
+        stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": peak_memory_mb()})
+    stage.say(f"finished in {seconds} s")
 
 
 def fit_stage(params: Params, stage: Stage, accelerator, model, terms, feed, judge, epochs, lr, steps, weights=None):

@@ -13,9 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from xdistil import processes
 from xdistil.files import read_jsonl, save_atomic, save_text
+from xdistil.losses import shared_out
 from xdistil.unfreeze import freeze_to, learning_mode
 
+SEVERAL = 5  # updates with a loss that is not finite, between two records, end training
 RECORD_EVERY = 20  # optimizer updates between two training records of history.jsonl
 
 
@@ -59,6 +62,17 @@ class Position:
     records: int = 0
 
 
+class _Terms(nn.Module):
+    """A model and its loss terms as one module, which processes can run side by side."""
+
+    def __init__(self, model, terms):
+        super().__init__()
+        self.model, self.terms = model, terms
+
+    def forward(self, batch):
+        return self.terms(self.model, batch)
+
+
 class Stopped(KeyboardInterrupt):
     """Training was asked to stop and did so at a checkpoint: the same call goes on from there."""
 
@@ -90,18 +104,32 @@ def to_device(batch: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]
     return {name: x.to(device) for name, x in batch.items()}
 
 
+def step_unless_infinite(optimizer, norm: torch.Tensor, scaler) -> torch.Tensor:
+    """An update, unless the norm of its gradients is not finite; 1 if there was none, else 0, and no wait for the
+    device: a fused optimizer knows of it as it does of float16, where the scaler tells it."""
+    skipped = (~torch.isfinite(norm)).float()
+    if scaler is None:
+        optimizer.optimizer.found_inf = skipped
+    optimizer.step()
+    optimizer.zero_grad()
+    return skipped
+
+
 def part(tensors: dict, prefix: str) -> dict:
     """The entries whose name starts with `prefix`, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def save_checkpoint(path: Path, at: Position, weights: dict, best: dict, optimizer) -> None:
-    """One safetensors file: weights, best weights, optimizer moments, random state, position."""
+    """One safetensors file: weights, best weights, optimizer moments, position, random state of each process."""
     tensors = {f"weights/{n}": t.detach() for n, t in weights.items()}
-    tensors |= {f"best/{n}": t for n, t in best.items()} | {"random/cpu": torch.get_rng_state()}
+    tensors |= {f"best/{n}": t for n, t in best.items()}
+    tensors |= {f"random/cpu/{i}": state for i, state in enumerate(processes.gather(torch.get_rng_state()))}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items()}
-    tensors |= {"random/cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    if torch.cuda.is_available():
+        states = processes.gather(torch.cuda.get_rng_state())
+        tensors |= {f"random/cuda/{i}": state for i, state in enumerate(states)}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_atomic(path, lambda p: save_file(tensors, p, {"position": json.dumps(asdict(at))}))
 
@@ -123,7 +151,8 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
     metric, score, updates, epochs, windows, seconds, windows_per_second. FloatingPointError: the loss is not finite.
     Stopped: `watch` asked for it.
     Args:
-        terms: the loss terms of a batch, unweighted scalars by name; their weighted sum is the loss.
+        terms: the loss terms of a batch, unweighted scalars by name; their weighted sum is the loss. Of several
+            processes each is given its part of a batch, `of` windows in all, see `processes`.
         evaluate: returns `metric` (a name) and `score`; lower is better where the name ends in "loss". The weights
             before a step are a candidate too, so no step makes the model worse.
         steps: (name, names of the parameters that learn), see `unfreeze.unfreezing_steps`.
@@ -156,16 +185,24 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         return ahead
 
     def record():  # losses stay on the device until here, so that no step waits for it
-        means = {key: float(sum(losses[key] for losses in recent)) / len(recent) for key in recent[0]}
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the loss is {means['loss']} after {at.updates} updates; lower this stage's "
-                                     "learning rate or set opt_policy: float32")
+        names = list(recent[0][0])
+        values = processes.mean(torch.stack([torch.stack(list(found.values())) for found, _ in recent])).cpu()
+        finite, skipped = values[:, 0].isfinite(), int(values[:, -1].sum())
+        if (~finite).sum() > SEVERAL or not finite.any():
+            which = {name: tensor.cpu() for name, tensor in recent[int(finite.int().argmin())][1].items()}
+            path = save_atomic(folder / "not_finite.safetensors", lambda path: save_file(which, path))
+            raise FloatingPointError(
+                f"the loss was not finite in {int((~finite).sum())} of the last {len(recent)} of {at.updates:,} "
+                f"updates, which were left out; the first such batch is in {path}. Lower this stage's learning rate or "
+                "set opt_policy: float32")
+        means = dict(zip(names[:-1], values[finite][:, :-1].mean(0).tolist(), strict=True))
         records.append({"kind": "train", **where, "epoch": at.epoch + 1, "update": at.updates,
-                        "lr": optimizer.param_groups[0]["lr"], **means})
+                        "lr": optimizer.param_groups[0]["lr"], **means, **({"skipped": skipped} if skipped else {})})
         recent.clear()
 
     def look():  # what is between two records is in no checkpoint
-        if watch(records, min(1.0, (at.epoch + at.seen / feed.n_windows) / recipe.epochs)) and not recent:
+        asked = watch(records, min(1.0, (at.epoch + at.seen / feed.n_windows) / recipe.epochs))
+        if not recent and processes.agree(lambda: asked):
             save(best, optimizer)
             raise Stopped(f"[{name}] stopped at a checkpoint after {at.updates:,} updates; the same call goes on from "
                           "there")
@@ -178,9 +215,10 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
         if tensors:
             moments = {i: part(tensors, f"optimizer/{i}/") for i in range(len(members))}
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-            torch.set_rng_state(tensors["random/cpu"])
-            if "random/cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random/cuda"])
+            for device, restore in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+                if (state := tensors.get(f"random/{device}/{processes.rank()}")) is not None:
+                    restore(state)
+        together = processes.side_by_side(_Terms(model, terms), accelerator.device)
         best = part(tensors, "best/") or {n: p.detach().cpu().clone() for n, p in members.items()}
         tensors = {}
         if at.best is None:
@@ -190,21 +228,22 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
             for chunk in range(at.chunk, feed.n_chunks):
                 batches = feed.batches(step * recipe.epochs + at.epoch, chunk)
                 for batch in itertools.islice(batches, at.batch, None):
+                    size = int(batch.get("of", len(batch["input_ids"])))
                     batch = to_device(batch, accelerator.device)
-                    size = len(batch["input_ids"])
                     at.seen, at.windows, at.updates = at.seen + size, at.windows + size, at.updates + 1
                     at.batch += 1
                     done = (at.epoch + at.seen / feed.n_windows) / recipe.epochs
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.lr * lr_factor(min(done, 1), recipe.warmup_ratio, recipe.lr_schedule)
-                    with accelerator.autocast():
-                        found = terms(model, batch)
+                    with accelerator.autocast(), processes.sharing(shared_out):
+                        found = together(batch)
                     loss = sum((weights or {}).get(key, 1.0) * value for key, value in found.items())
                     accelerator.backward(loss)
-                    accelerator.clip_grad_norm_(members.values(), recipe.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    recent.append({key: value.detach() for key, value in {"loss": loss, **found}.items()})
+                    norm = accelerator.clip_grad_norm_(members.values(), recipe.max_grad_norm)
+                    skipped = step_unless_infinite(optimizer, norm, accelerator.scaler)
+                    losses = {"loss": loss, **found, "skipped": skipped}
+                    recent.append(({key: value.detach() for key, value in losses.items()},
+                                   {key: batch[key] for key in ("windows", "input_ids") if key in batch}))
                     if len(recent) == RECORD_EVERY:
                         record()
                     look()

@@ -5,14 +5,27 @@ changes nothing."""
 import numpy as np
 import torch
 
-from xdistil.data import Examples, collate
+from xdistil import processes
+from xdistil.data import IGNORED, Examples, collate
 from xdistil.grouping import grid
 
 
 def compared(batch: dict) -> torch.Tensor:
     """Where teacher and student are compared, 1 or 0, [B, S]: at real tokens or, with two tokenizers, first sub-words
-    of owned words."""
-    return batch.get("compared", batch["attention_mask"])
+    of owned words; nowhere in a batch that counts for nothing, see `count_own`."""
+    mask = batch.get("compared", batch["attention_mask"])
+    return mask * batch["counts"] if "counts" in batch else mask
+
+
+def count_own(examples: Examples, windows: np.ndarray, rows: np.ndarray, width: int, pad_id: int) -> dict:
+    """The batch of some rows of `windows`, as `data.collate` makes it; of several processes the part of this one, with
+    `of`, how many windows the batch has. Where nothing is left for it, a window stands in, without labels, and `counts`
+    is 0."""
+    own, counts = processes.own_part(rows)
+    batch = collate(examples, windows[own], pad_id, width)
+    batch |= {"of": torch.tensor(len(rows))} if processes.size() > 1 else {}
+    return batch if counts else batch | {
+        "counts": torch.zeros(1, 1, dtype=torch.long), "labels": torch.full_like(batch["labels"], IGNORED)}
 
 
 def as_teacher_reads(examples: Examples, batch: dict, teacher, shapes: str = "exact") -> dict:
