@@ -12,7 +12,7 @@ from xdistil.params import Params, ParamsError, fingerprint, load_params
 START, END = "<!-- table: written by XDISTIL_UPDATE=1 pytest tests/test_params.py -->", "<!-- end of table -->"
 # just outside and just inside every limit
 LIMITS = [
-    ("seq_len", 7, 8), ("train_limit", 0, 1), ("transfer_limit", 1, 2), ("seed", -1, 0),
+    ("seq_len", 7, 8), ("train_limit", 0, 1), ("transfer_limit", 1, 2), ("seed", -1, 0), ("num_processes", 0, 1),
     ("language_temperature", 0, 0.01), ("augment_mentions", -0.1, 0),
     ("teacher_batch_size", 0, 1), ("teacher_epochs", 0, 1), ("teacher_lr", 0, 1e-9), ("teacher_lr", 1.001, 1),
     ("embedding_size", 7, 8), ("hidden_size", 7, 8), ("num_hidden_layers", 0, 1), ("num_attention_heads", 0, 1),

@@ -1,7 +1,9 @@
 """The loop, on a model of a few dozen numbers: what it computes, keeps, restores and resumes."""
 
+import contextlib
 import itertools
 import math
+import types
 from dataclasses import replace
 
 import pytest
@@ -402,6 +404,44 @@ def test_an_update_with_a_loss_that_is_not_finite_is_left_out_and_counted(tmp_pa
             parameter.grad = torch.ones_like(parameter)
         assert bool(step_unless_infinite(optimizer, torch.tensor(norm), None)) == unchanged == same(
             weights_of(model), before)
+
+
+class Scaled:
+    """What accelerate does in float16 on a GPU, on a CPU: gradients are scaled, and steps that overflow left out."""
+
+    def __init__(self):
+        self.scaler, self.device = torch.amp.GradScaler("cpu", 2.0**127, growth_interval=3), torch.device("cpu")
+        self.autocast = contextlib.nullcontext
+
+    def prepare(self, optimizer):
+        self.inner = optimizer
+        scaled = types.SimpleNamespace(**{name: getattr(optimizer, name) for name in (
+            "param_groups", "zero_grad", "state_dict", "load_state_dict")}, optimizer=optimizer)
+        scaled.step = lambda: (self.scaler.step(optimizer), self.scaler.update())
+        return scaled
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def clip_grad_norm_(self, parameters, most):
+        self.scaler.unscale_(self.inner)
+        return torch.nn.utils.clip_grad_norm_(parameters, most)
+
+
+def test_overflows_of_scaled_gradients_are_left_out_counted_and_the_scale_goes_on(tmp_path):
+    def run(folder, **options):
+        return fit(new_model(), terms, Feed(batches, WINDOWS, CHUNKS), held_out_loss, RECIPE, STEPS,
+                   accelerator=Scaled(), folder=folder, weights={"labels": 100.0}, **options)
+
+    run(tmp_path / "whole")
+    history = read_jsonl(tmp_path / "whole" / "history.jsonl")
+    skipped = [record.get("skipped", 0) for record in history if record["kind"] == "train"]
+    assert skipped[0] > 0 and skipped[-1] == 0  # the scale was halved until nothing overflowed
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", watch=lambda records, done: len(records) > 6)
+    run(tmp_path / "cut")
+    assert read_jsonl(tmp_path / "cut" / "history.jsonl") == history
+
 
 
 

@@ -60,6 +60,7 @@ class Position:
     windows: int = 0
     seconds: float = 0.0
     records: int = 0
+    scaler: dict | None = None  # of float16 gradients
 
 
 class _Terms(nn.Module):
@@ -164,6 +165,8 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
     path, started = folder / "checkpoint.safetensors", time.monotonic()
     (at, tensors), current = load_checkpoint(path), dict(model.named_parameters())
     records, before = read_jsonl(folder / "history.jsonl")[: at.records], at.seconds
+    if at.scaler and accelerator.scaler:
+        accelerator.scaler.load_state_dict(at.scaler)
     ever = {n: current[n] for _, members in steps for n in members}
     model.load_state_dict(part(tensors, "weights/"), strict=False)
     if tensors:
@@ -173,6 +176,7 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
 
     def save(best, optimizer=None):
         at.records, at.seconds = len(records), before + time.monotonic() - started
+        at.scaler = accelerator.scaler and accelerator.scaler.state_dict()
         save_text(folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in records))
         save_checkpoint(path, at, ever, best, optimizer)
 
