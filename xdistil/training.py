@@ -197,8 +197,8 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
             path = save_atomic(folder / "not_finite.safetensors", lambda path: save_file(which, path))
             raise FloatingPointError(
                 f"the loss was not finite in {int((~finite).sum())} of the last {len(recent)} of {at.updates:,} "
-                f"updates, which were left out; the first such batch is in {path}. Lower this stage's learning rate or "
-                "set opt_policy: float32")
+                f"updates, which were left out; the first such batch is in {path}. Lower this stage's learning rate "
+                "or set opt_policy: float32")
         means = dict(zip(names[:-1], values[finite][:, :-1].mean(0).tolist(), strict=True))
         records.append({"kind": "train", **where, "epoch": at.epoch + 1, "update": at.updates,
                         "lr": optimizer.param_groups[0]["lr"], **means, **({"skipped": skipped} if skipped else {})})

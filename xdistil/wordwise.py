@@ -19,8 +19,8 @@ def compared(batch: dict) -> torch.Tensor:
 
 def count_own(examples: Examples, windows: np.ndarray, rows: np.ndarray, width: int, pad_id: int) -> dict:
     """The batch of some rows of `windows`, as `data.collate` makes it; of several processes the part of this one, with
-    `of`, how many windows the batch has. Where nothing is left for it, a window stands in, without labels, and `counts`
-    is 0."""
+    `of`, how many windows the batch has. Where nothing is left for it a window stands in, `counts` is 0, and labels
+    are ignored."""
     own, counts = processes.own_part(rows)
     batch = collate(examples, windows[own], pad_id, width)
     batch |= {"of": torch.tensor(len(rows))} if processes.size() > 1 else {}
