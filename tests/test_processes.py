@@ -122,7 +122,7 @@ exit ${status:-0}
 
 
 @pytest.mark.slow
-def test_two_hosts_under_slurm_have_the_loss_curve_of_one_process_and_complete_the_run(started, tmp_path, root):
+def test_two_hosts_have_the_loss_curve_of_one_process(started, tmp_path, root):
     one, folder = started
     params = smoke_params(folder, **EXACT)
     (tmp_path / "params.json").write_text(json.dumps(params.model_dump()))
