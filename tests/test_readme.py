@@ -19,7 +19,7 @@ def promises(readme):
     """The rows of "What works": what, how to ask for it, shown by."""
     section = readme.split("\n## What works\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
-    assert 20 < len(rows) <= 60 and max(map(len, rows)) <= 200
+    assert 20 < len(rows) <= 75 and max(map(len, rows)) <= 200
     return [line.strip("| ").split(" | ") for line in rows]
 
 

@@ -113,6 +113,10 @@ def step_unless_infinite(optimizer, norm: torch.Tensor, scaler) -> torch.Tensor:
         optimizer.optimizer.found_inf = skipped
     optimizer.step()
     optimizer.zero_grad()
+    if norm.device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync()  # one graph a step; else it grows until somebody looks at a number
     return skipped
 
 
