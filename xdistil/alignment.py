@@ -50,7 +50,7 @@ def principal_plane(teacher, student):
     return shown, own @ (left @ right) * values.sum() / own.square().sum().clamp(min=1e-12), share
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_alignment(teacher, student, projections, examples: data.Examples, pad_id: int, device, *,
                       hidden_pairs=(), attention_pairs=(), n_windows: int = 128) -> dict:
     """Alignment on a fixed sample of evenly spread windows: `cka` [L_t + 1][L_s + 1]; `cosine` per hidden pair, after

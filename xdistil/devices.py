@@ -52,6 +52,12 @@ def open_accelerator(device: str = "auto", opt_policy: str = "auto", quiet: bool
     return Accelerator(mixed_precision=precision, cpu=device == "cpu")
 
 
+def asking(device: torch.device):
+    """Inside, nothing is kept for a backward pass: torch's inference mode but on XLA, where training could not touch
+    what was made or looked at in it."""
+    return torch.no_grad() if device.type == "xla" else torch.inference_mode()
+
+
 def peak_memory_mb() -> float | None:
     """Peak resident memory of this process so far, in megabytes (1e6 bytes); None on Windows."""
     with contextlib.suppress(ImportError):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from xdistil import data, grouping, models, processes
+from xdistil.devices import asking
 
 # keys of scores, and what they are called
 MEANS = {"macro": "macro F1", "micro": "micro F1", "accuracy": "accuracy", "matthews": "Matthews"}
@@ -16,7 +17,7 @@ MEANS = {"macro": "macro F1", "micro": "micro F1", "accuracy": "accuracy", "matt
 def _best(model, batch: dict, accelerator, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """The probability of the most probable label, or the entropy (nats) of all; and that label."""
     inputs = models.model_inputs(model, batch, accelerator.device)
-    with torch.inference_mode(), accelerator.autocast():
+    with asking(accelerator.device), accelerator.autocast():
         shares = models.run_model(model, inputs)[0].float().softmax(-1)
         best = shares.max(-1)
     return (torch.special.entr(shares).sum(-1) if entropy else best.values).cpu(), best.indices.cpu()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from xdistil import data, grouping, losses, models, processes, students, wordwise
+from xdistil.devices import asking
 from xdistil.ensemble import hash_weights
 from xdistil.frozen import FrozenStates
 from xdistil.inputs import Inputs
@@ -102,7 +103,7 @@ def held_out_loss(terms, held_out, weights: dict[str, float], accelerator):
         means, n = {}, 0
         for batch in held_out():
             size, batch = int(batch.get("of", len(batch["windows"]))), to_device(batch, accelerator.device)
-            with torch.inference_mode(), accelerator.autocast(), processes.sharing(losses.shared_out):
+            with asking(accelerator.device), accelerator.autocast(), processes.sharing(losses.shared_out):
                 found = terms(model, batch)
             n += size
             found = dict(zip(found, processes.mean(torch.stack([*found.values()])), strict=True))

@@ -18,6 +18,7 @@ import torch
 
 from xdistil import processes
 from xdistil.data import Examples
+from xdistil.devices import asking
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.grouping import batches, grid, shapes_for
 from xdistil.models import keep_qkv, model_inputs, run_model, unit_of
@@ -178,7 +179,7 @@ class TargetStore:
         teacher, spec, self.asked = self.load_teacher(), self.spec, self.asked + len(batch["input_ids"])
         read = as_teacher_reads(self.examples, batch, teacher, self.kind)
         inputs = model_inputs(teacher, read, self.accelerator.device)
-        with torch.inference_mode(), self.accelerator.autocast(), keep_qkv(teacher, spec.qkv) as qkv:
+        with asking(self.accelerator.device), self.accelerator.autocast(), keep_qkv(teacher, spec.qkv) as qkv:
             logits, states, maps = run_model(teacher, inputs, bool(spec.hidden), bool(spec.attention))
         found = {"logits": logits.float()}
         if spec.hidden:

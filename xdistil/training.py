@@ -107,9 +107,10 @@ def to_device(batch: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]
 
 def step_unless_infinite(optimizer, norm: torch.Tensor, scaler) -> torch.Tensor:
     """An update, unless the norm of its gradients is not finite; 1 if there was none, else 0, and no wait for the
-    device: a fused optimizer knows of it as it does of float16, where the scaler tells it."""
-    skipped = (~torch.isfinite(norm)).float()
-    if scaler is None:
+    device: a fused optimizer is told as the scaler tells it in float16. Where there is none (XLA, MPS) it is made."""
+    fused = optimizer.optimizer.defaults["fused"]
+    skipped = (~torch.isfinite(norm)).float() if fused else torch.zeros_like(norm)
+    if fused and scaler is None:
         optimizer.optimizer.found_inf = skipped
     optimizer.step()
     optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """The XLA path on torch_xla's CPU device: not part of `make test`, as it wants torch 2.9 with torch_xla beside it.
 
     pip install torch==2.9.0 torch-xla==2.9.0 && pip install -e .
-    PJRT_DEVICE=CPU python tests/xla/run.py
+    python tests/xla/run.py
 
 Runs stages 1 to 3 of params/smoke.yaml on XLA and on the plain CPU from one first student, and prints as JSON the
 losses of both, how far they are apart, and the compilations of each stage. Fails if they differ by more than 1e-3.
@@ -10,51 +10,61 @@ losses of both, how far they are apart, and the compilations of each stage. Fail
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("PJRT_DEVICE", "CPU")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import torch_xla.debug.metrics as metrics  # noqa: E402
-
-from xdistil import frozen, grouping, stages, targets  # noqa: E402
-from xdistil.params import load_params  # noqa: E402
-from xdistil.runs import STAGES, Run  # noqa: E402
-
-STAGE_NAMES = ("hidden", "logits", "labels")
+ROOT, STAGE_NAMES = Path(__file__).resolve().parents[2], ("hidden", "logits", "labels")
 SAME = {"opt_policy": "float32", "dropout": 0.0, "distil_epochs": 4, "ft_epochs": 4, "unfreeze": "none"}
 
 
 def compilations() -> int:
-    found = metrics.metric_data("CompileTime")
-    return found[0] if found else 0
+    """How often XLA compiled so far."""
+    from torch_xla.debug import metrics
+
+    return (metrics.metric_data("CompileTime") or [0])[0]
 
 
-def run(folder: Path, device: str) -> dict:
+def run(folder: str, device: str) -> dict:
     """The losses of each stage, and how often XLA compiled in it."""
-    params = load_params(str(ROOT / "params/smoke.yaml"), SAME | {"model_dir": str(folder), "device": device})
-    found = {}
+    from xdistil import frozen, grouping, stages, targets
+    from xdistil.params import load_params
+    from xdistil.runs import STAGES, Run
+
+    for module in (grouping, targets, frozen):  # the same batches on both
+        module.shapes_for = lambda accelerator: "fixed"
+    params = load_params(str(ROOT / "params/smoke.yaml"), SAME | {"model_dir": folder, "device": device})
+    count, found = compilations if device == "xla" else int, {}
     for name in ("teacher", "student-init", *STAGE_NAMES):
-        before = compilations()
+        before = count()
         stage = getattr(stages, STAGES[name])(params, Run(params))
-        found[name] = {"compilations": compilations() - before, "updates": stage.metrics.get("updates"),
+        found[name] = {"compilations": count() - before, "updates": stage.metrics.get("updates"),
+                       "seconds": stage.metrics["stage_seconds"],
                        "losses": [record["loss"] for record in stage.history if record["kind"] == "train"]}
     return found
 
 
-if __name__ == "__main__":
-    for module in (grouping, targets, frozen):  # the same batches on both
-        module.shapes_for = lambda accelerator: "fixed"
+def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
-        plain = run(Path(folder) / "cpu", "cpu")
-        for name in ("teacher", "student-init"):  # the first student is drawn on the device
-            shutil.copytree(Path(folder) / "cpu" / name, Path(folder) / "xla" / name)
-        xla = run(Path(folder) / "xla", "xla")
+        found = {}
+        for device, names in (("cpu", {"USE_TORCH_XLA": "0"}), ("xla", {"PJRT_DEVICE": "CPU"})):
+            model_dir, out = Path(folder, device), Path(folder, f"{device}.json")
+            if found:  # the first student is drawn on the device
+                for name in ("teacher", "student-init"):
+                    shutil.copytree(Path(folder, "cpu", name), model_dir / name)
+            subprocess.run([sys.executable, __file__, str(model_dir), device, str(out)], check=True,
+                           env=os.environ | {"PYTHONPATH": str(ROOT), **names})
+            found[device] = json.loads(out.read_text())
+    plain, xla = found["cpu"], found["xla"]
     for name in STAGE_NAMES:
         xla[name]["apart"] = max(abs(a - b) for a, b in zip(plain[name]["losses"], xla[name]["losses"], strict=True))
-        xla[name]["cpu"] = plain[name]["losses"]
+        xla[name]["on the CPU"] = plain[name]["losses"]
     print(json.dumps({name: xla[name] for name in STAGE_NAMES}, indent=1))
-    raise SystemExit(any(xla[name]["apart"] > 1e-3 for name in STAGE_NAMES))
+    return int(any(xla[name]["apart"] > 1e-3 for name in STAGE_NAMES))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        raise SystemExit(main())
+    Path(sys.argv[3]).write_text(json.dumps(run(*sys.argv[1:3])))
