@@ -59,7 +59,7 @@ def _tf_file(params: Params, parameter: str) -> Path | None:
 
 def given_teacher(params: Params, run: Run) -> Path | None:
     """The fine-tuned teacher that teacher_model_dir holds and this run did not write: folder or TensorFlow file."""
-    begun, folder = read_json(run.stage("teacher").dir / "begun.json", {}), teacher_dir(params, run)
+    begun, folder = read_json(run.stage("teacher").dir / "begun.json", {}, lenient=True), teacher_dir(params, run)
     ours = "teacher_model_dir" in begun and begun["teacher_model_dir"] in (None, params.teacher_model_dir)
     if not params.teacher_model_dir or ours:
         return None

@@ -3,21 +3,24 @@
 import functools
 import itertools
 import time
+from contextlib import nullcontext
 
 from accelerate.utils import set_seed
 
 from xdistil import alarms, live, models
 from xdistil.devices import open_accelerator, peak_memory_mb
-from xdistil.files import save_json
+from xdistil.files import clear_temporaries, explained, hold, save_json
 from xdistil.inputs import Inputs
-from xdistil.params import Params
+from xdistil.params import Params, ParamsError
 from xdistil.provenance import depends
 from xdistil.runs import STAGES, Run, Stage, describe_changes, stage_before, stages_of
-from xdistil.training import Recipe, fit
+from xdistil.training import Recipe, checkpoint_bytes, fit
 
 
 def as_stage(work):
-    """Make a stage of its work: check what is before it, begin, work, write metrics and done mark."""
+    """Make a stage of its work: check what is before it, begin, work, write metrics and done mark. One process at a
+    time works in a run's folder (RuntimeError); what a killed one left half written is deleted. OSError: a full disk,
+    or a folder that may not be written."""
     name = next(folder for folder, verb in STAGES.items() if verb == work.__name__)
 
     @functools.wraps(work)
@@ -29,19 +32,25 @@ def as_stage(work):
         for earlier in before:
             found, wanted = run.stage(earlier).done, depends(params, run, earlier)
             if found != wanted:
-                why = describe_changes(found, wanted) if found else "it has not finished"
+                why = describe_changes(found, wanted) if found else run.stage(earlier).damage or "it has not finished"
                 raise RuntimeError(f"{name} needs stage {earlier}: {why}; run {STAGES[earlier]} first")
-        stage = run.stage(name)
-        if stage.begin(depends(params, run, name)):
-            save_json(run.dir / "params.json", params.model_dump())
-            start = time.monotonic()
-            set_seed(params.seed)
-            metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
-            dev = [m["dev"]["macro"] for m in (*(run.stage(x).metrics for x in before[-1:]), metrics) if "dev" in m]
-            metrics["alarms"] = [*metrics.get("alarms", ()), *alarms.overfitting(stage.history, dev)]
-            seconds = round(time.monotonic() - start, 2)
-            stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": peak_memory_mb()})
-            stage.say(f"finished in {seconds} s")
+        stage, wanted = run.stage(name), depends(params, run, name)
+        with explained(run.origin.dir), nullcontext() if stage.done == wanted else hold(run.origin.dir / "stage.lock"):
+            if stage.done != wanted:
+                clear_temporaries(run.dir)
+                for other in map(run.stage, before):
+                    other.drop_checkpoints()
+            if stage.begin(wanted):
+                save_json(run.dir / "params.json", params.model_dump())
+                start = time.monotonic()
+                set_seed(params.seed)
+                metrics = work(params, run, stage, open_accelerator(params.device, params.opt_policy))
+                scores = (run.stage(before[-1]).metrics if before else {}), metrics
+                dev = [found["dev"]["macro"] for found in scores if "dev" in found]
+                metrics["alarms"] = [*metrics.get("alarms", ()), *alarms.overfitting(stage.history, dev)]
+                seconds = round(time.monotonic() - start, 2)
+                stage.finish(metrics | {"stage_seconds": seconds, "peak_memory_mb": peak_memory_mb()})
+                stage.say(f"finished in {seconds} s")
         for text in stage.metrics.get("alarms", ()):
             stage.say(f"[alarm] {text}")
         return stage
@@ -54,10 +63,15 @@ def fit_stage(params: Params, stage: Stage, accelerator, model, terms, feed, jud
     for part in (model, *model.children()) if accelerator.device.type == "cpu" else ():
         if hasattr(part, "set_attn_implementation"):
             models.return_maps(part)  # plain attention: the fused one learns slower there, and cannot drop out
+    need, room = checkpoint_bytes(model, params.keep_checkpoints), Run(params).room
+    if need > room and not (stage.dir / "checkpoint.safetensors").is_file():
+        raise ParamsError(f"disk_budget_gb: {params.disk_budget_gb}, of which {max(room, 0) / 1e9:.3g} are left in "
+                          f"{params.model_dir}, but checkpoints and result of stage {stage.name} take up to "
+                          f"{need / 1e9:.3g}; raise it, lower keep_checkpoints, or delete what is no longer needed")
     same = params.pick("patience", "warmup_ratio", "lr_schedule", "weight_decay", "max_grad_norm")
     with live.watching(stage.name, epochs) as watch:
         return fit(model, terms, feed, judge, Recipe(epochs, lr, **same), steps, accelerator=accelerator,
-                   folder=stage.dir, name=stage.name, weights=weights, watch=watch)
+                   folder=stage.dir, name=stage.name, weights=weights, watch=watch, keep=params.keep_checkpoints)
 
 
 def load_student(run: Run, name: str, inputs: Inputs, device="cpu"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from xdistil.data import Examples, collate
-from xdistil.files import hash_file, read_json, save_json
+from xdistil.files import hash_file, read_json, reserve, save_json
 from xdistil.grouping import batches, grid, shapes_for
 from xdistil.models import keep_qkv, model_inputs, run_model, unit_of
 from xdistil.wordwise import as_teacher_reads, move_states, pool_maps
@@ -126,15 +126,17 @@ class TargetStore:
         mode: "disk", "memory" or "none"; or "auto": disk, but hidden states and attention only if they will be read
             again (`n_passes` > 1) and reading the first chunk back is faster than the teacher was.
         budget_bytes: for hidden states and attention; logits are small and always kept, except by "none".
+        room: gives the bytes that may still be written at any time, for the same.
     """
 
     def __init__(self, load_teacher: Callable, config, spec: TargetSpec, examples: Examples, pad_id: int, accelerator,
-                 *, folder: Path, mode: str = "disk", budget_bytes: float = 4e9, n_passes: int = 2):
+                 *, folder: Path, mode: str = "disk", budget_bytes: float = 4e9, n_passes: int = 2,
+                 room: Callable[[], float] = lambda: math.inf):
         self.load_teacher, self.config = functools.cache(load_teacher), config
         self.spec, self.examples, self.kind = spec, examples, shapes_for(accelerator)
         self.pad_id, self.accelerator, self.folder, self.mode = pad_id, accelerator, Path(folder), mode
-        self.left, self.chunks, self.asked = budget_bytes, {}, 0
-        verdict = read_json(self.folder / "auto.json", {}).get("keep")  # of the run that this one resumes
+        self.left, self.chunks, self.asked, self.room = budget_bytes, {}, 0, room
+        verdict = read_json(self.folder / "auto.json", {}, lenient=True).get("keep")  # of the run resumed
         self.keep_all = True if mode != "auto" else n_passes > 1 and verdict is not False
         self.undecided = mode == "auto" and self.keep_all and verdict is None
 
@@ -162,19 +164,20 @@ class TargetStore:
         lengths = self.examples.lengths[windows]
         shapes = self.spec.shapes(lengths, self.config) if self.mode != "none" else {}
         size = self.spec.n_bytes(lengths, self.config) if self.keep_all else math.inf
-        if size <= self.left:
+        there = sum(path.stat().st_size for path in self.folder.glob(f"*-{name}.bin"))
+        if size <= self.left and (self.mode == "memory" or size <= self.room() + there):
             self.left -= size
         else:
             shapes = {kind: shape for kind, shape in shapes.items() if kind == "logits"}
         paths = {kind: self.folder / f"{kind}-{name}.bin" for kind in shapes if self.mode != "memory"}
-        sums, whole = read_json(self.folder / f"{name}.json", {}), False
+        sums, whole = read_json(self.folder / f"{name}.json", {}, lenient=True), False
         if paths and all(path.is_file() and kind in sums for kind, path in paths.items()):
             whole = all(sums[kind] == self._checksum(kind, path) for kind, path in paths.items())
             if not whole:
                 print(f"[targets] {name}: the files do not match their checksums and are made again", flush=True)
-        for path in paths.values() if not whole else ():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for kind, path in paths.items() if not whole else ():
             path.unlink(missing_ok=True)
+            reserve(path, DTYPES[kind].itemsize * math.prod(shapes[kind]))
         arrays = {kind: _array(kind, shape, paths.get(kind)) for kind, shape in shapes.items()}
         return Targets(lengths, arrays, paths, whole)
 
