@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"xdistil: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
     except KeyboardInterrupt as error:
-        number, = error.args or (signal.SIGINT,)
+        number = next((x for x in error.args if isinstance(x, int)), signal.SIGINT)
         how = "terminated" if number == signal.SIGTERM else "interrupted"
         print(f"xdistil: {how}; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + number
@@ -120,8 +120,9 @@ def _passing_on():
     def pass_on(number, _):
         came.append(number)
         for child in psutil.Process().children():
-            if "ipykernel" in " ".join(child.cmdline()):
-                child.send_signal(signal.SIGINT if len(came) == 1 else signal.SIGKILL)
+            with suppress(psutil.Error):  # it has ended
+                if "ipykernel" in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGINT if len(came) == 1 else signal.SIGKILL)
 
     came, usual = [], {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -138,13 +139,13 @@ def run_notebooks(params: Params) -> int:
 
     stages.check(params, run := Run(params))
     with explained(run.dir), hold(run.dir / "run.lock"), _passing_on() as came:
-        code = _execute(params, run)
+        code = _execute(params, run, came)
     if came:
         raise KeyboardInterrupt(came[0])
     return code
 
 
-def _execute(params: Params, run: Run) -> int:
+def _execute(params: Params, run: Run, came: list) -> int:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
@@ -158,6 +159,8 @@ def _execute(params: Params, run: Run) -> int:
         if path.stem[3:] not in map(STAGES.get, stages_of(params)):
             path.unlink()
     for name in (bar := tqdm(names := stages_of(params), unit="notebook", disable=None)):
+        if came:
+            return 1
         verb, number = STAGES[name], list(STAGES).index(name) + 1
         notebook = executed / f"{number:02d}_{verb}.ipynb"
         bar.set_description(verb)
@@ -177,7 +180,8 @@ def _execute(params: Params, run: Run) -> int:
             bar.close()
             why = (f"cell {error.exec_count}: {error.ename}: {error.evalue}" if hasattr(error, "evalue")
                    else "its kernel, which died, most often for want of memory: lower the batch sizes")
-            print(f"xdistil: {verb} failed in {why}\n  what ran is saved in {notebook}", file=sys.stderr)
+            how = "stopped" if came else "failed"
+            print(f"xdistil: {verb} {how} in {why}\n  what ran is saved in {notebook}", file=sys.stderr)
             return 1
     page, table, alarms = run.dir / "report.html", views.results(run), views.alarms(run)
     if ran or not page.is_file():

@@ -64,9 +64,14 @@ def read_jsonl(path: Path) -> list[dict]:
     return read_json(path, [], parse=lambda text: list(map(json.loads, text.splitlines())))
 
 
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, 16 hex digits; remembered for as long as its size and time are the same."""
+    found = path.stat()
+    return _hash(path, found.st_mtime_ns, found.st_size)
+
+
 @functools.lru_cache(maxsize=1024)
-def hash_file(path: Path, _modified_ns: int, _size: int) -> str:
-    """sha256 of a file's bytes, 16 hex digits; remembered for as long as the caller finds the file unchanged."""
+def _hash(path: Path, _modified_ns: int, _size: int) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 

@@ -38,7 +38,7 @@ def task_file(params: Params, run: Run, name: str) -> Path:
 def hash_input(path: Path) -> str:
     """The hash of a file that a stage reads. Raises DataError if it is absent."""
     next(data.read_lines(path) if path.suffix == ".tsv" else iter(()), None)
-    return hash_file(path, path.stat().st_mtime_ns, path.stat().st_size)
+    return hash_file(path)
 
 
 def teacher_dir(params: Params, run: Run) -> Path:

@@ -56,11 +56,7 @@ class Stage:
         except DamagedError as error:
             return str(error).partition(";")[0]
         return next((f"{self.dir / name} is damaged or gone" for name, known in sums.items()
-                     if not (self.dir / name).is_file() or self._checksum(name) != known), None)
-
-    def _checksum(self, name: str) -> str:
-        found = (self.dir / name).stat()
-        return hash_file(self.dir / name, found.st_mtime_ns, found.st_size)
+                     if not (self.dir / name).is_file() or hash_file(self.dir / name) != known), None)
 
     @property
     def done(self) -> dict | None:
@@ -103,9 +99,10 @@ class Stage:
     def finish(self, metrics: dict) -> None:
         """Write the metrics and checksums, then the done mark; drop the checkpoints."""
         save_json(self.dir / "metrics.json", metrics)
-        names = sorted(str(path.relative_to(self.dir)) for path in self.dir.rglob("*") if path.is_file())
-        save_json(self.dir / "checksums.json", {name: self._checksum(name) for name in names if not
-                                                name.startswith(("begun.", "checksums.", "checkpoint"))})
+        kept = [path for path in sorted(self.dir.rglob("*")) if path.is_file()]
+        save_json(self.dir / "checksums.json", {
+            str(path.relative_to(self.dir)): hash_file(path) for path in kept
+            if not path.name.startswith(("begun.json", "checksums.json", "checkpoint"))})
         save_json(self.dir / "done.json", read_json(self.dir / "begun.json"))
         self.drop_checkpoints()
 
