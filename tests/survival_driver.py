@@ -1,7 +1,7 @@
 """Runs the stages of a run in a child that is killed at seeded random instants and started again, until it ends.
 
 Arguments, as JSON: params, a seed, the seconds and the kills of each stage by its folder. Prints JSON: of each child
-the stage it was killed in and how, and the optimizer updates of each stage beside those that its checkpoints gained."""
+the stage it was killed in and how, and the optimizer updates of each stage beside those its checkpoints gained."""
 
 import json
 import os

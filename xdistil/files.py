@@ -114,6 +114,8 @@ def hold(path: Path, wait: float = 3.0):
         else:
             raise RuntimeError(f"{path.parent} is in use by {holder}; wait until it ends, stop it, or choose another "
                                f"model_dir (if there is no such process any more, delete {path})") from None
+    for left in path.parent.glob(f"{path.name}.break.*"):  # of a process that was killed as it took over
+        left.unlink(missing_ok=True)
     try:
         yield
     finally:
