@@ -118,6 +118,15 @@ def test_headless_a_line_is_printed_per_interval(monkeypatch, capsys):
                                                     "epochs, loss 2"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_sigterm_asks_as_well(number):
+    usual = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
+    with live.watching("hidden", 3) as watch:
+        os.kill(os.getpid(), number)
+        assert watch(JUDGED, 0.1) is True
+    assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == usual
+
+
 def test_the_first_interrupt_asks_and_the_second_is_as_ever():
     usual = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), live.watching("hidden", 3) as watch:

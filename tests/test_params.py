@@ -24,6 +24,7 @@ LIMITS = [
     ("distil_lr", 0, 1e-9), ("distil_lr", 1.001, 1), ("logit_lr", 0, 1e-9), ("logit_lr", 1.001, 1),
     ("ft_lr", 0, 1e-9), ("ft_lr", 1.001, 1), ("warmup_ratio", -0.1, 0), ("warmup_ratio", 1, 0.99),
     ("weight_decay", -0.1, 0), ("max_grad_norm", 0, 0.01), ("targets_cache_gb", -0.1, 0),
+    ("keep_checkpoints", 0, 1), ("keep_checkpoints", 10, 9), ("disk_budget_gb", 0, 0.1),
 ]
 
 

@@ -1,18 +1,23 @@
-"""The command line; see `xdistil --help`. Exit codes: 0 done, 1 a stage failed, 2 bad input."""
+"""The command line; see `xdistil --help`. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130
+interrupted and 143 terminated: the same command goes on."""
 
 import argparse
 import difflib
 import os
+import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import yaml
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
 from xdistil import __version__
-from xdistil.files import read_json, save_atomic
+from xdistil.files import explained, hold, read_json, save_atomic
 from xdistil.params import Params, absolute_path, load_params, repo_root
 from xdistil.runs import STAGES, Run, stages_of
 from xdistil.tables import Table
@@ -102,46 +107,81 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"xdistil: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
-    except KeyboardInterrupt:
-        print("xdistil: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        number = next((x for x in error.args if isinstance(x, int)), signal.SIGINT)
+        how = "terminated" if number == signal.SIGTERM else "interrupted"
+        print(f"xdistil: {how}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + number
+
+
+@contextmanager
+def _passing_on():
+    """The first interrupt or SIGTERM makes the kernel stop at a checkpoint, the second kills it. Gives what came."""
+    def pass_on(number, _):
+        came.append(number)
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):  # it has ended
+                if "ipykernel" in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGINT if len(came) == 1 else signal.SIGKILL)
+
+    came, usual = [], {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def run_notebooks(params: Params) -> int:
-    """Execute the notebooks of unfinished stages with papermill, then write the report and print a table."""
+    """Execute the notebooks of unfinished stages with papermill, then write the report and print a table. Raises
+    RuntimeError while another command does so in this folder."""
+    from xdistil import stages
+
+    stages.check(params, run := Run(params))
+    with explained(run.dir), hold(run.dir / "run.lock"), _passing_on() as came:
+        code = _execute(params, run, came)
+    if came:
+        raise KeyboardInterrupt(came[0])
+    return code
+
+
+def _execute(params: Params, run: Run, came: list) -> int:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
-    from xdistil import report, stages, views
+    from xdistil import report, views
     from xdistil.provenance import is_done
 
-    run, start, ran, executed = Run(params), time.monotonic(), 0, Path(params.model_dir) / "notebooks"
-    stages.check(params, run)
+    start, ran, executed = time.monotonic(), 0, run.dir / "notebooks"
     os.environ |= {"XDISTIL_HEADLESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     executed.mkdir(parents=True, exist_ok=True)
     for path in executed.glob("*.ipynb"):  # of stages that are no longer asked for: not in the report either
         if path.stem[3:] not in map(STAGES.get, stages_of(params)):
             path.unlink()
     for name in (bar := tqdm(names := stages_of(params), unit="notebook", disable=None)):
+        if came:
+            return 1
         verb, number = STAGES[name], list(STAGES).index(name) + 1
         notebook = executed / f"{number:02d}_{verb}.ipynb"
         bar.set_description(verb)
-        written = read_json(notebook, {}) if is_done(params, run, name) else {}
+        written = read_json(notebook, {}, lenient=True) if is_done(params, run, name) else {}
         papermill = written.get("metadata", {}).get("papermill", {})
         if papermill.get("end_time") and not papermill.get("exception"):
             tqdm.write(f"[{name}] done before with the same parameters and data", file=sys.stderr)
             continue
         ran += 1
         try:
-            execute_notebook(repo_root() / "notebooks" / notebook.name, notebook,
-                             {"experiment": params.model_dump(exclude_none=True)}, kernel_name="python3",
-                             cwd=str(repo_root()), progress_bar=False, stdout_file=DummyTqdmFile(sys.stderr),
-                             extra_arguments=["--log-level=CRITICAL"])
+            with ThreadPoolExecutor(1) as pool:  # elsewhere than here papermill leaves signals alone
+                pool.submit(execute_notebook, repo_root() / "notebooks" / notebook.name, notebook,
+                            {"experiment": params.model_dump(exclude_none=True)}, kernel_name="python3",
+                            cwd=str(repo_root()), progress_bar=False, stdout_file=DummyTqdmFile(sys.stderr),
+                            extra_arguments=["--log-level=CRITICAL"]).result()
         except (PapermillExecutionError, DeadKernelError) as error:
             bar.close()
             why = (f"cell {error.exec_count}: {error.ename}: {error.evalue}" if hasattr(error, "evalue")
                    else "its kernel, which died, most often for want of memory: lower the batch sizes")
-            print(f"xdistil: {verb} failed in {why}\n  what ran is saved in {notebook}", file=sys.stderr)
+            how = "stopped" if came else "failed"
+            print(f"xdistil: {verb} {how} in {why}\n  what ran is saved in {notebook}", file=sys.stderr)
             return 1
     page, table, alarms = run.dir / "report.html", views.results(run), views.alarms(run)
     if ran or not page.is_file():

@@ -36,7 +36,7 @@ class Ensemble(nn.Module):
 def hash_weights(folders: list[str]) -> str:
     """Fingerprint of the weights in folders, in their order."""
     paths = [path for folder in folders for path in sorted(Path(folder).glob("*.safetensors"))]
-    return fingerprint([hash_file(path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths])
+    return fingerprint([hash_file(path) for path in paths])
 
 
 def load_members(folders: list[str], first: tuple[str, str], labels: list[str], unit: str,

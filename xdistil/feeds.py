@@ -15,7 +15,7 @@ from xdistil.params import Params, ParamsError, fingerprint
 from xdistil.provenance import teacher_dir
 from xdistil.runs import Run
 from xdistil.targets import TargetSpec, TargetStore
-from xdistil.training import Feed, to_device
+from xdistil.training import Feed, checkpoint_bytes, to_device
 
 
 def layer_pairs(params: Params, teacher_config, student_config):
@@ -49,7 +49,8 @@ def transfer(params: Params, run: Run, inputs: Inputs, student, load_teacher, sp
                        params.opt_policy, params.student_tokenizer])  # own: zeros but at first sub-words
     store = TargetStore(lambda: inputs.with_others(load_teacher(), accelerator), config, spec, examples, inputs.pad_id,
                         accelerator, folder=run.origin.dir / "targets" / key, mode=params.targets_cache,
-                        n_passes=params.distil_epochs, budget_bytes=params.targets_cache_gb * 1e9)
+                        n_passes=params.distil_epochs, budget_bytes=params.targets_cache_gb * 1e9,
+                        room=lambda: run.room - checkpoint_bytes(student, params.keep_checkpoints))
     size, windows = params.student_distil_batch_size, np.concatenate(chunks)
     through = from_frozen(params, student, examples, inputs.pad_id, accelerator)
 

@@ -120,7 +120,7 @@ class Inputs:
         key = fingerprint([self.run.stage("teacher").fingerprint, ensemble.hash_weights(p.more_teachers),
                            hash_input(path), p.opt_policy])
         kept = self.run.origin.dir / "targets" / f"uncertainty-{key}.json"
-        if not kept.is_file():
+        if read_json(kept, lenient=True) is None:
             accelerator = open_accelerator(p.device, p.opt_policy, quiet=True)
             teacher = self.with_others(models.prepare_to_answer(self.load_teacher(), accelerator), accelerator)
             _, each = evaluate.predict(teacher, self.teacher.encode(found, "transfer"), found.words, self.labels,

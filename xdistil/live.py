@@ -129,27 +129,30 @@ def _clicks(kernel, button, clicked):
 
 @contextmanager
 def _interrupts(asked):
-    """Call `asked` on the first interrupt; the second is what it always was."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler or current_thread() is not main_thread():
-        yield
-        return
+    """Call `asked` on the first interrupt or SIGTERM; the second is what it always was."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual = {number: plain for number, plain in usual.items()
+             if signal.getsignal(number) == plain and current_thread() is main_thread()}
+
+    def handle(handlers):
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def first(*_):
-        signal.signal(signal.SIGINT, usual)
+        handle(usual)
         asked()
 
-    signal.signal(signal.SIGINT, first)
+    handle(dict.fromkeys(usual, first))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
+        handle(usual)
 
 
 @contextmanager
 def watching(name: str, epochs: int):
     """A `watch` for `training.fit`: `Display` in a Jupyter kernel unless XDISTIL_HEADLESS is set, else `Lines`. The
-    first interrupt stops training at its next checkpoint, the second at once."""
+    first interrupt or SIGTERM stops training at its next checkpoint, the second at once."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     kernel = None if os.environ.get("XDISTIL_HEADLESS") else getattr(shell, "kernel", None)
     watch = Display(name, epochs, kernel) if kernel else Lines(name, epochs)

@@ -123,6 +123,10 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     targets_cache: Literal["auto", "disk", "memory", "none"] = _field(
         "auto", "where teacher outputs are kept; auto: on disk, if they will be read again and that is faster")
     targets_cache_gb: float = _field(4.0, "GB (1e9 bytes) of kept teacher outputs; past it they are redone", ge=0)
+    keep_checkpoints: int = _field(1, "checkpoints kept while a stage trains; where the last one is damaged, it goes "
+                                   "on from the one before", ge=1, le=9)
+    disk_budget_gb: float | None = _field(None, "GB that model_dir may take: past it teacher outputs are redone, and "
+                                          "training that could not save a checkpoint does not start", gt=0)
 
     @field_validator("copied_layers", "layer_map", "layer_weights", mode="before")
     @classmethod

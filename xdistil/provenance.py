@@ -38,7 +38,7 @@ def task_file(params: Params, run: Run, name: str) -> Path:
 def hash_input(path: Path) -> str:
     """The hash of a file that a stage reads. Raises DataError if it is absent."""
     next(data.read_lines(path) if path.suffix == ".tsv" else iter(()), None)
-    return hash_file(path, path.stat().st_mtime_ns, path.stat().st_size)
+    return hash_file(path)
 
 
 def teacher_dir(params: Params, run: Run) -> Path:
@@ -59,7 +59,7 @@ def _tf_file(params: Params, parameter: str) -> Path | None:
 
 def given_teacher(params: Params, run: Run) -> Path | None:
     """The fine-tuned teacher that teacher_model_dir holds and this run did not write: folder or TensorFlow file."""
-    begun, folder = read_json(run.stage("teacher").dir / "begun.json", {}), teacher_dir(params, run)
+    begun, folder = read_json(run.stage("teacher").dir / "begun.json", {}, lenient=True), teacher_dir(params, run)
     ours = "teacher_model_dir" in begun and begun["teacher_model_dir"] in (None, params.teacher_model_dir)
     if not params.teacher_model_dir or ours:
         return None

@@ -1,10 +1,12 @@
 """Where things lie: a run is a folder, a stage is a folder of it with a done mark."""
 
+import math
+import os
 import shutil
 from functools import partial
 from pathlib import Path
 
-from xdistil.files import read_json, read_jsonl, save_atomic, save_json
+from xdistil.files import DamagedError, folder_bytes, hash_file, read_json, read_jsonl, save_atomic, save_json
 from xdistil.params import Params, fingerprint
 
 STAGES = {"teacher": "finetune_teacher", "student-init": "build_student", "hidden": "distil_hidden",
@@ -34,7 +36,7 @@ def baselines_of(params: Params) -> dict[str, list[str]]:
 
 
 class Stage:
-    """One stage's folder: what it depends on, its metrics, its history, its done mark."""
+    """One stage's folder: what it depends on, its metrics, its history, checksums of what it wrote, its done mark."""
 
     def __init__(self, folder: Path):
         self.dir, self.name = Path(folder), Path(folder).name
@@ -44,9 +46,22 @@ class Stage:
         print(f"[{self.name}] {text}", flush=True)
 
     @property
+    def damage(self) -> str | None:
+        """Which file is no longer as the finished stage wrote it, in words; None if all are."""
+        if not (self.dir / "done.json").is_file():
+            return None
+        try:
+            read_json(self.dir / "done.json")
+            sums = read_json(self.dir / "checksums.json", {})
+        except DamagedError as error:
+            return str(error).partition(";")[0]
+        return next((f"{self.dir / name} is damaged or gone" for name, known in sums.items()
+                     if not (self.dir / name).is_file() or hash_file(self.dir / name) != known), None)
+
+    @property
     def done(self) -> dict | None:
-        """What the finished stage depended on; None while it is unfinished."""
-        return read_json(self.dir / "done.json")
+        """What the finished stage depended on; None while it is unfinished, or if what it wrote is damaged."""
+        return None if self.damage else read_json(self.dir / "done.json")
 
     @property
     def fingerprint(self) -> str | None:
@@ -66,14 +81,15 @@ class Stage:
     def begin(self, depends: dict) -> bool:
         """Whether there is work to do; says why, and clears what is out of date. An unfinished stage with the same
         dependencies is left, to be resumed. Raises FileExistsError if the folder holds files that no run wrote."""
-        begun = read_json(self.dir / "begun.json")
-        if begun == depends:
+        begun, damage = read_json(self.dir / "begun.json", lenient=True), self.damage
+        if begun == depends and not damage:
             self.say("done before with the same parameters and data" if self.done
                      else "interrupted before: goes on from its last checkpoint")
             return self.done is None
-        if begun is not None:
-            self.say(f"runs again: {describe_changes(begun, depends)}")
-            shutil.rmtree(self.dir)
+        if (self.dir / "begun.json").is_file():
+            self.say(f"runs again: {describe_changes(begun or depends, depends) or damage or 'begun.json is damaged'}")
+            os.rename(self.dir, aside := self.dir.with_name(f".{self.name}.tmp"))  # killed here, it is a temporary
+            shutil.rmtree(aside)
         elif self.dir.is_dir() and any(self.dir.iterdir()):
             raise FileExistsError(f"model_dir: {self.dir} holds files that no run of xdistil wrote; move them away or "
                                   "choose another model_dir")
@@ -81,10 +97,19 @@ class Stage:
         return True
 
     def finish(self, metrics: dict) -> None:
-        """Write the metrics, then the done mark; drop the checkpoint."""
+        """Write the metrics and checksums, then the done mark; drop the checkpoints."""
         save_json(self.dir / "metrics.json", metrics)
+        kept = [path for path in sorted(self.dir.rglob("*")) if path.is_file()]
+        save_json(self.dir / "checksums.json", {
+            str(path.relative_to(self.dir)): hash_file(path) for path in kept
+            if not path.name.startswith(("begun.json", "checksums.json", "checkpoint"))})
         save_json(self.dir / "done.json", read_json(self.dir / "begun.json"))
-        (self.dir / "checkpoint.safetensors").unlink(missing_ok=True)
+        self.drop_checkpoints()
+
+    def drop_checkpoints(self) -> None:
+        """Delete the checkpoints; a stage killed just after its done mark has them still."""
+        for path in self.dir.glob("checkpoint*.safetensors"):
+            path.unlink()
 
 
 def describe_changes(old: dict, new: dict) -> str:
@@ -108,6 +133,12 @@ class Run:
         """The baseline in MODEL_DIR/baselines/NAME, with other parameters than this run where named."""
         values |= {"model_dir": str(self.dir / "baselines" / name), "baselines": False}
         return Run(self.params.model_copy(update=values), self)
+
+    @property
+    def room(self) -> float:
+        """Bytes that disk_budget_gb leaves beside what the run takes; without a budget, endless."""
+        budget = self.params.disk_budget_gb
+        return budget * 1e9 - folder_bytes(self.origin.dir) if budget else math.inf
 
     @property
     def baselines(self) -> dict[str, dict]:

@@ -19,7 +19,7 @@ import torch
 from xdistil import processes
 from xdistil.data import Examples
 from xdistil.devices import asking
-from xdistil.files import hash_file, read_json, save_json
+from xdistil.files import hash_file, read_json, reserve, save_json
 from xdistil.grouping import batches, grid, shapes_for
 from xdistil.models import keep_qkv, model_inputs, run_model, unit_of
 from xdistil.processes import own_part
@@ -155,16 +155,18 @@ class TargetStore:
         mode: "disk", "memory" or "none"; or "auto": disk, but hidden states and attention only if they will be read
             again (`n_passes` > 1) and reading the first chunk back is faster than the teacher was.
         budget_bytes: for hidden states and attention; logits are small and always kept, except by "none".
+        room: gives the bytes that may still be written at any time, for the same.
     """
 
     def __init__(self, load_teacher: Callable, config, spec: TargetSpec, examples: Examples, pad_id: int, accelerator,
-                 *, folder: Path, mode: str = "disk", budget_bytes: float = 4e9, n_passes: int = 2):
+                 *, folder: Path, mode: str = "disk", budget_bytes: float = 4e9, n_passes: int = 2,
+                 room: Callable[[], float] = lambda: math.inf):
         self.load_teacher, self.config = functools.cache(load_teacher), config
         self.spec, self.examples, self.kind = spec, examples, shapes_for(accelerator)
-        self.pad_id, self.accelerator, self.folder = pad_id, accelerator, Path(folder)
+        self.pad_id, self.accelerator, self.folder, self.room = pad_id, accelerator, Path(folder), room
         self.mode = "disk" if mode == "memory" and processes.size() > 1 else mode
         self.left, self.chunks, self.asked = budget_bytes, {}, 0
-        verdict = read_json(self.folder / "auto.json", {}).get("keep")  # of the run that this one resumes
+        verdict = read_json(self.folder / "auto.json", {}, lenient=True).get("keep")  # of the run resumed
         self.keep_all = True if mode != "auto" else n_passes > 1 and verdict is not False
         self.undecided = mode == "auto" and self.keep_all and verdict is None
 
@@ -197,21 +199,23 @@ class TargetStore:
         lengths, now = self.examples.lengths[windows], [batch_size, seed, self.kind, processes.size()]
         kinds = set(self.spec.shapes(lengths, self.config)) if self.mode != "none" else set()
         size = self.spec.n_bytes(lengths, self.config) if self.keep_all else math.inf
-        if size <= self.left:
+        room = processes.agree(lambda: self.room() + sum(x.stat().st_size for x in self.folder.glob(f"*-{name}.bin")))
+        if size <= self.left and (self.mode == "memory" or size <= room):
             self.left -= size
         else:
             kinds &= {"logits"}
         paths = {kind: self.folder / f"{kind}-{name}.bin" for kind in kinds if self.mode != "memory"}
 
         def find_whole():
-            sums = read_json(self.folder / f"{name}.json", {})
+            sums = read_json(self.folder / f"{name}.json", {}, lenient=True)
             if paths and all(path.is_file() and kind in sums for kind, path in paths.items()):
                 if all(sums[kind] == self._checksum(kind, path) for kind, path in paths.items()):
                     return sums.get("cut", now)
                 print(f"[targets] {name}: the files do not match their checksums and are made again", flush=True)
-            for path in paths.values():
-                path.parent.mkdir(parents=True, exist_ok=True)
+            shapes = self.spec.shapes(lengths, self.config, self._parts(lengths, *now))
+            for kind, path in paths.items():
                 path.unlink(missing_ok=True)
+                reserve(path, DTYPES[kind].itemsize * math.prod(shapes[kind]))
 
         cut = processes.agree(find_whole)
         parts = self._parts(lengths, *(cut or now))
@@ -227,8 +231,7 @@ class TargetStore:
 
     def _checksum(self, kind: str, path: Path) -> list:
         """What a finished file is known by: the layers of the teacher that it holds, and its bytes."""
-        found = path.stat()
-        return [*getattr(self.spec, kind, ()), hash_file(path, found.st_mtime_ns, found.st_size)]
+        return [*getattr(self.spec, kind, ()), hash_file(path)]
 
     def batches(self, name: str, windows: np.ndarray, batch_size: int, seed: int | None = None) -> Iterator[dict]:
         """Batches of a chunk, as `data.collate` makes them, with the teacher's outputs beside the ids."""

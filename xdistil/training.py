@@ -3,18 +3,20 @@
 import itertools
 import json
 import math
+import os
 import time
+import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from xdistil import processes
-from xdistil.files import read_jsonl, save_atomic, save_text
+from xdistil.files import save_atomic, save_text
 from xdistil.losses import shared_out
 from xdistil.unfreeze import freeze_to, learning_mode
 
@@ -59,8 +61,8 @@ class Position:
     epochs_run: int = 0
     windows: int = 0
     seconds: float = 0.0
-    records: int = 0
     scaler: dict | None = None  # of float16 gradients
+    records: list[dict] = field(default_factory=list)  # as in history.jsonl
 
 
 class _Terms(nn.Module):
@@ -126,8 +128,21 @@ def part(tensors: dict, prefix: str) -> dict:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def save_checkpoint(path: Path, at: Position, weights: dict, best: dict, optimizer) -> None:
-    """One safetensors file: weights, best weights, optimizer moments, position, random state of each process."""
+def _checksum(position: str, tensors: dict[str, torch.Tensor]) -> str:
+    found = zlib.crc32(position.encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
+
+
+def checkpoint_bytes(model: nn.Module, keep: int) -> int:
+    """Bytes, at most, of `keep` checkpoints of a model, the one that is being written and the model itself."""
+    return (4 * (keep + 1) + 1) * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def save_checkpoint(path: Path, at: Position, weights: dict, best: dict, optimizer, keep: int = 1) -> None:
+    """One safetensors file with its checksum: weights, best weights, optimizer moments, position, random state of each
+    process. The last `keep` - 1 before it stay beside it as NAME-1, NAME-2, ..."""
     tensors = {f"weights/{n}": t.detach() for n, t in weights.items()}
     tensors |= {f"best/{n}": t for n, t in best.items()}
     tensors |= {f"random/cpu/{i}": state for i, state in enumerate(processes.gather(torch.get_rng_state()))}
@@ -137,22 +152,39 @@ def save_checkpoint(path: Path, at: Position, weights: dict, best: dict, optimiz
         states = processes.gather(torch.cuda.get_rng_state())
         tensors |= {f"random/cuda/{i}": state for i, state in enumerate(states)}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_atomic(path, lambda p: save_file(tensors, p, {"position": json.dumps(asdict(at))}))
+    position = json.dumps(asdict(at))
+
+    def write(temporary):
+        save_file(tensors, temporary, {"position": position, "checksum": _checksum(position, tensors)})
+        names = [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(1, keep))]
+        for newer, older in reversed(list(itertools.pairwise(names))):
+            if newer.is_file():
+                os.replace(newer, older)
+
+    save_atomic(path, write)
 
 
 def load_checkpoint(path: Path) -> tuple[Position, dict[str, torch.Tensor]]:
-    """The position and tensors of a checkpoint; the start and {} when there is none."""
-    if not path.is_file():
-        return Position(), {}
-    with safe_open(path, "pt") as file:
-        position = Position(**json.loads(file.metadata()["position"]))
-        return position, {name: file.get_tensor(name) for name in list(file.keys())}
+    """The position and tensors of the last checkpoint that is as it was written, damaged ones are said and deleted;
+    the start and {} when there is none."""
+    for found in filter(Path.is_file, (path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}")))):
+        try:
+            with safe_open(found, "pt") as file:
+                said, tensors = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())}
+            if _checksum(said["position"], tensors) != said["checksum"]:
+                raise ValueError("its checksum differs")
+            return Position(**json.loads(said["position"])), tensors
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            print(f"{found} is damaged ({error}) and deleted: training goes on from the checkpoint before it, if "
+                  "keep_checkpoints left one, else from the start", flush=True)
+            found.unlink()
+    return Position(), {}
 
 
 def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Tensor]], feed: Feed,
         evaluate: Callable[[nn.Module], dict], recipe: Recipe, steps: list[tuple[str, list[str]]], *,
         accelerator, folder: Path, name: str = "training", weights: dict[str, float] | None = None,
-        watch: Callable[[list[dict], float], bool] = lambda records, done: False) -> dict:
+        watch: Callable[[list[dict], float], bool] = lambda records, done: False, keep: int = 1) -> dict:
     """Train through unfreezing steps, each with a fresh optimizer and ending with the best weights it saw. Returns
     metric, score, updates, epochs, windows, seconds, windows_per_second. FloatingPointError: the loss is not finite.
     Stopped: `watch` asked for it.
@@ -166,10 +198,11 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
             the numbers of an uninterrupted one (CPU, float32).
         weights: of the terms, by name; 1 for all others.
         watch: called after each update with the records so far and the share (0..1) of the step that is done; True
-            stops at the next checkpoint, at most RECORD_EVERY updates away."""
+            stops at the next checkpoint, at most RECORD_EVERY updates away.
+        keep: checkpoints that are kept."""
     path, started = folder / "checkpoint.safetensors", time.monotonic()
     (at, tensors), current = load_checkpoint(path), dict(model.named_parameters())
-    records, before = read_jsonl(folder / "history.jsonl")[: at.records], at.seconds
+    records, before = at.records, at.seconds
     if at.scaler and accelerator.scaler:
         accelerator.scaler.load_state_dict(at.scaler)
     ever = {n: current[n] for _, members in steps for n in members}
@@ -180,10 +213,10 @@ def fit(model: nn.Module, terms: Callable[[nn.Module, dict], dict[str, torch.Ten
     recent = []
 
     def save(best, optimizer=None):
-        at.records, at.seconds = len(records), before + time.monotonic() - started
+        at.seconds = before + time.monotonic() - started
         at.scaler = accelerator.scaler and accelerator.scaler.state_dict()
         save_text(folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-        save_checkpoint(path, at, ever, best, optimizer)
+        save_checkpoint(path, at, ever, best, optimizer, keep)
 
     def judge(epoch: int) -> bool:
         result = evaluate(model)
