@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from xdistil import stages, staging
+from xdistil.checkpoints import load_checkpoint
 from xdistil.params import load_params
 from xdistil.runs import STAGES, Run
-from xdistil.training import load_checkpoint
 
 
 def work(params, folder: Path):

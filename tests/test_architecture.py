@@ -16,7 +16,7 @@ LEVELS = [  # a module may import those of lower levels only
     {"tables", "processes"},
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "card", "alarms"},
-    {"dropout", "alignment_plots", "result_plots"}, {"runs", "devices", "data", "demo_data", "models"},
+    {"dropout", "alignment_plots", "result_plots"}, {"runs", "devices", "data", "demo_data", "models", "checkpoints"},
     {"narrow", "wordwise"},
     {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report",
      "live", "errors", "compare"},

@@ -17,12 +17,12 @@ from seqeval.metrics.v1 import precision_recall_fscore_support
 from seqeval.scheme import IOB2
 
 from xdistil import data, losses, models, stages, training, views
+from xdistil.checkpoints import save_checkpoint
 from xdistil.inputs import Inputs
 from xdistil.models import CheckpointError
 from xdistil.params import load_params
 from xdistil.provenance import depends
 from xdistil.runs import STAGES, Run, baselines_of, stages_of
-from xdistil.training import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "data" / "toy"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from xdistil import data, grouping, losses, models, processes, students, wordwise
+from xdistil.checkpoints import checkpoint_bytes
 from xdistil.devices import asking
 from xdistil.ensemble import hash_weights
 from xdistil.frozen import FrozenStates
@@ -15,7 +16,7 @@ from xdistil.params import Params, ParamsError, fingerprint
 from xdistil.provenance import teacher_dir
 from xdistil.runs import Run
 from xdistil.targets import TargetSpec, TargetStore
-from xdistil.training import Feed, checkpoint_bytes, to_device
+from xdistil.training import Feed, to_device
 
 
 def layer_pairs(params: Params, teacher_config, student_config):

@@ -250,8 +250,9 @@ def save_model(model, tokenizer, folder: Path) -> None:
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if processes.rank() == 0:
-        on_xla = model.device.type == "xla"  # whose tensors have no memory that could be written
-        model.save_pretrained(folder, state_dict={n: x.cpu() for n, x in model.state_dict().items()} if on_xla else None)
+        # a tensor on XLA has no memory that could be written
+        on_host = {n: x.cpu() for n, x in model.state_dict().items()} if model.device.type == "xla" else None
+        model.save_pretrained(folder, state_dict=on_host)
         tokenizer.save_pretrained(folder)
     processes.wait()
 

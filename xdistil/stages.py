@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from xdistil import alarms, alignment, dropout, embeddings, feeds, losses, models, processes, students, wordwise
+from xdistil.checkpoints import part
 from xdistil.devices import open_accelerator
 from xdistil.files import save_atomic
 from xdistil.frozen import run_upper
@@ -18,7 +19,7 @@ from xdistil.results import compare_teachers, evaluate_student, export_student  
 from xdistil.runs import INSTEAD, STAGES, Run, Stage, baselines_of, stages_of
 from xdistil.staging import as_stage, fit_stage, load_student, save_student
 from xdistil.targets import TargetSpec
-from xdistil.training import Feed, part
+from xdistil.training import Feed
 from xdistil.unfreeze import layer_groups, unfreezing_steps, word_embedding
 
 

@@ -8,13 +8,14 @@ from contextlib import nullcontext
 from accelerate.utils import set_seed
 
 from xdistil import alarms, live, models, processes
+from xdistil.checkpoints import checkpoint_bytes
 from xdistil.devices import open_accelerator, peak_memory_mb
 from xdistil.files import clear_temporaries, explained, hold, save_json
 from xdistil.inputs import Inputs
 from xdistil.params import Params, ParamsError
 from xdistil.provenance import depends
 from xdistil.runs import STAGES, Run, Stage, describe_changes, stage_before, stages_of
-from xdistil.training import Recipe, checkpoint_bytes, fit
+from xdistil.training import Recipe, fit
 
 TOGETHER = ("teacher", "hidden", "logits", "labels")  # the stages that several processes do together
 
