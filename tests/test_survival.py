@@ -15,6 +15,7 @@ from test_stages import ROOT, TRAINED, copied, hashes, smoke, smoke_params, weig
 from test_training import Interrupted, failing_feed, same, train, weights_of
 
 from xdistil import files, stages, training
+from xdistil.checkpoints import checkpoint_bytes
 from xdistil.data import DataError
 from xdistil.files import DamagedError, hold, read_json, read_jsonl
 from xdistil.params import ParamsError
@@ -335,7 +336,7 @@ def test_a_budget_too_small_for_a_checkpoint_is_said_before_training(copied):  #
 
 def test_teacher_outputs_past_the_budget_are_not_kept(copied, smoke, monkeypatch):  # noqa: F811
     folder, sizes = copied("student-init"), []
-    need = training.checkpoint_bytes(Run(smoke_params(smoke)) and stages.models.load_classifier(
+    need = checkpoint_bytes(Run(smoke_params(smoke)) and stages.models.load_classifier(
         smoke / "student-init", ["O", "B-X"], "x"), 1)
     budget = (files.folder_bytes(folder) + need + 300_000) / 1e9
     params = smoke_params(folder, disk_budget_gb=budget)
