@@ -41,7 +41,7 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)  # a transfer set may have many files
 def hash_file(path: Path, _modified_ns: int, _size: int) -> str:
     """sha256 of a file's bytes, 16 hex digits; remembered for as long as the caller finds the file unchanged."""
     with open(path, "rb") as handle:

@@ -136,6 +136,7 @@ class TargetStore:
         self.left, self.chunks, self.asked = budget_bytes, {}, 0
         verdict = read_json(self.folder / "auto.json", {}).get("keep")  # of the run that this one resumes
         self.keep_all = True if mode != "auto" else n_passes > 1 and verdict is not False
+        self.grid = functools.cache(lambda batch_size: grid(examples.lengths, batch_size, self.kind))  # is of all
         self.undecided = mode == "auto" and self.keep_all and verdict is None
 
     def ask(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,8 +189,7 @@ class TargetStore:
         targets = self.chunks[name] = self.chunks.get(name) or self._open(name, windows)
         asking = 0.0
         read = targets.whole and set(targets.arrays) == set(self.spec.shapes(targets.lengths, self.config))
-        # of all examples, so that the shapes are those of every other chunk
-        grouped = batches(targets.lengths, grid(self.examples.lengths, batch_size, self.kind), seed)
+        grouped = batches(targets.lengths, self.grid(batch_size), seed)
         for i, (rows, width) in enumerate(grouped):
             batch = collate(self.examples, windows[rows], self.pad_id, width)
             if read:
@@ -201,6 +201,7 @@ class TargetStore:
                 asking += time.perf_counter() - start
             if i % RELEASE_EVERY == 0:
                 targets.release()
+                self.examples.release()
             yield batch | {f"teacher_{kind}": values for kind, values in found.items()}
         if not targets.whole:
             if self.undecided and len(targets.arrays) > 1:
