@@ -20,8 +20,8 @@ LEVELS = [  # a module may import those of lower levels only
     {"narrow", "wordwise"},
     {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report",
      "live", "errors", "compare"},
-    {"ensemble", "predict", "frozen", "shards"}, {"provenance"}, {"inputs"}, {"feeds", "staging"}, {"results", "inside"},
-    {"stages"}, {"views", "study", "explore"}, {"cli"},
+    {"ensemble", "predict", "frozen", "shards"}, {"provenance"}, {"inputs"}, {"feeds", "staging"},
+    {"results", "inside"}, {"stages"}, {"views", "study", "explore"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
 HOLD_PARAMS = {"params", "runs", "provenance", "inputs", "feeds", "inside", "staging", "results", "stages", "views",

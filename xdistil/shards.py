@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from xdistil.data import PER_PART, PER_PROCESS, Examples, Sentences, chosen, spe
 from xdistil.files import hash_file, read_json, save_json
 from xdistil.losses import IGNORED
 from xdistil.params import fingerprint
-from xdistil.sources import DataError, facts_of, files_of, read_lines
+from xdistil.sources import KINDS, DataError, facts_of, files_of, read_lines
 
 IN_MEMORY = 200_000_000
 PER_LINE = 100  # bytes of text, about: how many sentences files hold, before they are read
@@ -31,8 +31,7 @@ _process = {}  # what a process encodes with: a tokenizer that came with each pa
 def is_small(path) -> bool:
     """Whether a path names one plain file that fits in memory."""
     file, *more = files_of(path)
-    return not more and file.suffix not in (".gz", ".zst", ".parquet") and (
-        not file.exists() or file.stat().st_size < IN_MEMORY) and not str(file).startswith("hub:")
+    return not more and file.suffix not in KINDS[2:] and file.is_file() and file.stat().st_size < IN_MEMORY
 
 
 class Text:
@@ -44,20 +43,16 @@ class Text:
         extra: sentences that follow; with these, each is there once.
     """
 
-    def __init__(self, path, unit: str, limit: int | None = None, seed: int = 0,
-                 extra: Sequence[list[str]] | None = None):
+    def __init__(self, path, unit: str, limit: int | None = None, seed: int = 0, extra: list[list[str]] | None = None):
         self.path, self.unit, self.limit, self.seed, self.extra = path, unit, limit, seed, extra
-        self.lines = {}  # by file that was read to its end
 
     def _rows(self) -> Iterator[list[str]]:
         empty = True
         for file in files_of(self.path):
-            number = 0
             for number, line in read_lines(file):
                 if words := texts.units_of(line, self.unit, f"{file}:{number}"):
                     yield words
                     empty = False
-            self.lines[file.name] = number
         if empty:
             raise DataError(f"{self.path}: no sentence in this file; expected one sentence a line")
 
@@ -115,9 +110,9 @@ def encode(text: Text, folder: Path, unit: str, tokenizer, seq_len: int, teacher
     sentences, windows and bytes they have; hashes, which come last, that they are whole. DataError: for a line of the
     text, or a file that changed meanwhile."""
     facts = {"unit": unit, "seq_len": seq_len, "tokenizers": [known_as(x) for x in (tokenizer, teachers) if x],
-             "limit": text.limit and [text.limit, text.seed], "extra": text.extra and fingerprint(text.extra)}
-    sources = facts_of(text.path)
-    folder = folder / fingerprint([facts, sources])
+             "limit": text.limit and [text.limit, text.seed], "extra": text.extra and fingerprint(text.extra),
+             "files": (sources := facts_of(text.path))}
+    folder = folder / fingerprint(facts)
     path, new = folder / "manifest.json", facts | {"sentences": 0, "windows": 0, "cut": 0, "bytes": {}}
     found = read_json(path, new)
     if not _is_intact(folder, found):
@@ -135,9 +130,7 @@ def encode(text: Text, folder: Path, unit: str, tokenizer, seq_len: int, teacher
         if facts_of(text.path) != sources:
             shutil.rmtree(folder)
             raise DataError(f"{text.path}: changed while it was read; leave it as it is, and run this again")
-        files = [fact | {"lines": text.lines[Path(fact["file"]).name]} for fact in sources]
-        found |= {"files": files, "sha256": _sums(folder)}
-        save_json(path, found)
+        save_json(path, found := found | {"sha256": _sums(folder)})
     return _mapped(folder, found), found["cut"]
 
 
@@ -175,7 +168,7 @@ def _arrays(examples: Examples, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def _append(folder: Path, found: dict, examples: Examples) -> None:
-    """Add windows to the files, of which `found["bytes"]` is valid; whatever an interrupted call left after that goes."""
+    """Add windows to the files, of which `found["bytes"]` count; what an interrupted call left after these goes."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes, before = found["bytes"], dict(found["bytes"])
     for name, array in _arrays(examples).items():
@@ -184,8 +177,7 @@ def _append(folder: Path, found: dict, examples: Examples) -> None:
         elif name.endswith("sentences"):
             array = array + np.int32(found["sentences"])
         with open(folder / f"{name}.bin", "r+b" if name in sizes else "wb") as file:
-            file.truncate(before.get(name, 0))
-            file.seek(before.get(name, 0))
+            file.truncate(file.seek(before.get(name, 0)))
             file.write(array.tobytes())
             file.flush()
             os.fsync(file.fileno())
