@@ -16,17 +16,19 @@ LEVELS = [  # a module may import those of lower levels only
     {"tables", "processes"},
     {"params", "files", "losses", "unfreeze", "embeddings", "grouping", "plots", "tf_weights", "bilstm", "families",
      "card", "alarms"},
-    {"dropout", "alignment_plots", "result_plots"}, {"runs", "devices", "data", "demo_data", "models", "checkpoints"},
+    {"dropout", "alignment_plots", "result_plots", "sources"},
+    {"runs", "devices", "data", "demo_data", "models", "checkpoints"},
     {"narrow", "wordwise"},
     {"texts", "transfer", "students", "targets", "vocab", "training", "export", "evaluate", "alignment", "report",
      "live", "errors", "compare"},
-    {"ensemble", "predict", "frozen"}, {"provenance"}, {"inputs"}, {"feeds", "staging"}, {"results", "inside"},
-    {"stages"}, {"views", "study", "explore"}, {"cli"},
+    {"ensemble", "predict", "frozen", "shards"}, {"provenance"}, {"inputs"}, {"feeds", "staging"},
+    {"results", "inside"}, {"stages"}, {"views", "study", "explore"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names} | {"__init__": -1, "__main__": len(LEVELS)}
 HOLD_PARAMS = {"params", "runs", "provenance", "inputs", "feeds", "inside", "staging", "results", "stages", "views",
                "study", "cli"}
-LAZY = {"papermill", "IPython", "ipywidgets", "zmq", "nbformat", "onnx", "torch_xla", "h5py"}
+LAZY = {"papermill", "IPython", "ipywidgets", "zmq", "nbformat", "onnx", "torch_xla", "h5py", "pyarrow",
+        "datasets"}
 
 
 def imports(nodes):
@@ -112,7 +114,7 @@ def test_a_module_fits_in_the_head(path):
 
 def test_the_library_stays_small():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PATHS)
-    assert lines <= 6857
+    assert lines <= 7227
 
 
 @pytest.mark.parametrize("name", TREES)

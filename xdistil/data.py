@@ -3,13 +3,14 @@
 `text[<TAB>language]`."""
 
 import functools
+import hashlib
 import os
 import weakref
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, pairwise, product
+from itertools import accumulate, chain, compress, islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from joblib import Parallel, delayed
 
 from xdistil.files import save_text
 from xdistil.losses import IGNORED
+from xdistil.sources import DataError, files_of, read_lines
 
 REMEMBERED = weakref.WeakKeyDictionary()  # by tokenizer: places of words, their flat pieces, offsets of these
 EXACT = weakref.WeakKeyDictionary()  # by tokenizer: whether they may be remembered
@@ -25,10 +27,6 @@ EMPTY = {}, np.zeros(0, np.int32), np.zeros(1, np.int64)
 PER_PROCESS = 250_000  # sentences: fewer are encoded before another process has started
 PER_PART = 10_000  # sentences that are encoded at once
 CACHED_WORDS = 300_000  # distinct words are remembered before the next part starts anew: some 50 MB
-
-
-class DataError(ValueError):
-    """A data file is missing, empty or malformed; the message names file and line."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,6 @@ class Sentences:
 
     def __len__(self) -> int:
         return len(self.words)
-
-
-def read_lines(path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines without their ends; "-" is stdin. Raises DataError if missing or not UTF-8."""
-    path = Path("/dev/stdin" if str(path) == "-" else path)
-    if not path.exists() or path.is_dir():
-        there = sorted(p.name for p in path.parent.glob("*.tsv"))
-        raise DataError(f"{path}: no such file; {path.parent} holds {there or 'no .tsv file'}")
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line; save the file "
-                                "as UTF-8") from None
 
 
 def read_labels(path: Path, unit: str = "word") -> list[str]:
@@ -74,10 +57,16 @@ def repair_iob2(tags: list[str]) -> tuple[list[str], int]:
     return [f"B-{tag[2:]}" if bad else tag for tag, bad in zip(tags, wrong, strict=True)], sum(wrong)
 
 
-def subset(rows: list, limit: int | None, seed: int) -> list:
-    """A seeded random subset of `limit` rows, in their order; all without a limit."""
-    return rows if limit is None or limit >= len(rows) else [
-        rows[i] for i in np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False))]
+def chosen(n: int, limit: int | None, seed: int) -> np.ndarray:
+    """Which of n rows a seeded random subset of `limit` has, [n]; all without a limit."""
+    if limit is None or limit >= n:
+        return np.ones(n, bool)
+    return np.bincount(np.random.default_rng(seed).choice(n, limit, replace=False), minlength=n) > 0
+
+
+def subset(rows, limit: int | None, seed: int):
+    """The rows `chosen`, in their order, as a list; without a limit, or below it, the rows themselves."""
+    return rows if limit is None or limit >= len(rows) else list(compress(rows, chosen(len(rows), limit, seed)))
 
 
 def read_tagged(path: Path, labels: list[str], limit: int | None = None, seed: int = 0) -> Sentences:
@@ -106,8 +95,9 @@ def read_tagged(path: Path, labels: list[str], limit: int | None = None, seed: i
 
 
 def read_text(path: Path, limit: int | None = None, seed: int = 0) -> Sentences:
-    """Read transfer text, split at white space; the language is "" unless there are two columns. Raises DataError."""
-    lines = (line.split("\t") for _, line in read_lines(path))
+    """Read transfer text, of all files of the path, split at white space; the language is "" unless there are two
+    columns. Raises DataError."""
+    lines = (line.split("\t") for file in files_of(path) for _, line in read_lines(file))
     rows = [(words, more[0] if len(more) == 1 else "") for text, *more in lines if (words := text.split())]
     if not rows:
         raise DataError(f"{path}: no sentence in this file; expected one sentence a line")
@@ -216,10 +206,18 @@ class Examples:
     def __len__(self) -> int:
         return len(self.sentences)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Sub-words per window, special tokens included."""
         return np.diff(self.offsets)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of ids and offsets."""
+        return hashlib.sha256(self.input_ids.tobytes() + self.offsets.tobytes()).hexdigest()
+
+    def release(self) -> None:
+        """Give back the memory of what was read of files that these are mapped from; here there are none."""
 
 
 def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = (), n_jobs: int = 0,
@@ -277,10 +275,11 @@ def _encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str], be
 def collate(examples: Examples, indices, pad_id: int, width: int | None = None) -> dict[str, torch.Tensor]:
     """One batch: input_ids, attention_mask, labels, words and, if there are any, token_type_ids, each [B, S], S =
     `width` or the longest; beside a teacher's own windows also compared [B, S], see `wordwise`; windows [B]."""
-    lengths, indices = examples.lengths[indices], np.asarray(indices)
-    column = np.arange(width or lengths.max())
-    real = column < lengths[:, None]
-    places = (examples.offsets[indices][:, None] + column)[real]
+    indices = np.asarray(indices)
+    starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
+    column = np.arange(width or (ends - starts).max())
+    real = column < (ends - starts)[:, None]
+    places = (starts[:, None] + column)[real]
     batch = {"attention_mask": torch.from_numpy(real.astype(np.int64)), "windows": torch.from_numpy(indices)}
     paddings = {"input_ids": pad_id, "labels": IGNORED, "words": -1, "token_type_ids": 0}
     for name, padding in list(paddings.items())[: 3 if examples.token_type_ids is None else 4]:

@@ -1,6 +1,5 @@
 """What distillation trains on and is judged by: batches of the transfer set with what the teacher says of them."""
 
-import hashlib
 import itertools
 
 import numpy as np
@@ -45,8 +44,7 @@ def transfer(params: Params, run: Run, inputs: Inputs, student, load_teacher, sp
     (_, examples), config = inputs.read("transfer"), models.load_config(teacher_dir(params, run), "teacher_model_dir")
     cut = params.pick("distil_chunk_size", "holdout_ratio", "seed")
     held_out, chunks = data.split_transfer(len(examples), *cut.values())
-    text = hashlib.sha256(examples.input_ids.tobytes() + examples.offsets.tobytes()).hexdigest()
-    key = fingerprint([run.stage("teacher").fingerprint, hash_weights(params.more_teachers), text, cut,
+    key = fingerprint([run.stage("teacher").fingerprint, hash_weights(params.more_teachers), examples.digest, cut,
                        params.opt_policy, params.student_tokenizer])  # own: zeros but at first sub-words
     store = TargetStore(lambda: inputs.with_others(load_teacher(), accelerator), config, spec, examples, inputs.pad_id,
                         accelerator, folder=run.origin.dir / "targets" / key, mode=params.targets_cache,

@@ -75,7 +75,7 @@ def hash_file(path: Path) -> str:
     return _hash(path, found.st_mtime_ns, found.st_size)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)  # a transfer set may have many files
 def _hash(path: Path, _modified_ns: int, _size: int) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]

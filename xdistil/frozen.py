@@ -72,8 +72,6 @@ class FrozenStates:
     def __init__(self, model, examples: Examples, windows: np.ndarray, pad_id: int, accelerator, budget_bytes: float):
         self.model, self.examples, self.windows, self.pad_id = model, examples, windows, pad_id
         self.accelerator, self.budget, self.n_layers, self.kept = accelerator, budget_bytes, 0, None
-        self.row_of = np.zeros(len(examples), np.int64)
-        self.row_of[windows] = np.arange(len(windows))
 
     def _fill(self) -> None:
         lengths, width, self.kept = self.examples.lengths[self.windows], self.model.config.hidden_size, None
@@ -90,7 +88,8 @@ class FrozenStates:
                 if i == 0 and not self._exact(on_device, found):
                     return
             kept.put(rows, {"frozen_states": found.to("cpu", dtype)})
-        self.kept = kept
+        self.kept, self.row_of = kept, np.zeros(len(self.examples), np.int64)
+        self.row_of[self.windows] = np.arange(len(self.windows))
 
     def _exact(self, batch: dict, states: torch.Tensor | None) -> bool:
         """Whether the model, started from its first window's states, answers as it does from its beginning."""
@@ -110,8 +109,8 @@ class FrozenStates:
             self.n_layers = n_layers
             self._fill()
         for batch in found:
-            rows, width = self.row_of[batch["windows"].numpy()], batch["input_ids"].shape[1]
-            yield batch | self.kept.padded(rows, width) if self.kept else batch
+            yield batch | self.kept.padded(self.row_of[batch["windows"].numpy()], batch["input_ids"].shape[1]) if (
+                self.kept) else batch
 
 
 def run_upper(model, batch: dict) -> torch.Tensor:

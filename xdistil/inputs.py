@@ -1,17 +1,33 @@
 """What a stage reads: tokenizer, labels, encoded sentences, the teacher."""
 
 import functools
+from itertools import compress, repeat
 from pathlib import Path
 
 import numpy as np
 
-from xdistil import alarms, data, ensemble, evaluate, models, processes, students, texts, tf_weights, transfer, vocab
+from xdistil import (
+    alarms,
+    data,
+    ensemble,
+    evaluate,
+    models,
+    processes,
+    shards,
+    students,
+    texts,
+    tf_weights,
+    transfer,
+    vocab,
+)
 from xdistil.devices import open_accelerator
 from xdistil.files import read_json, save_json
 from xdistil.params import Params, fingerprint
 from xdistil.provenance import hash_input, is_done, task_file, teacher_source
 from xdistil.runs import Run, Stage
+from xdistil.sources import files_of, read_lines
 
+AT_ONCE = 1 << 22  # ids that are looked at together
 KEPT_IDS = "kept_ids.json"  # beside a student of a trimmed vocabulary: the teacher's ids of its pieces
 
 
@@ -50,7 +66,7 @@ class Inputs:
         if Path(source).suffix in tf_weights.SUFFIXES:
             models.load_classifier(source, self.labels, parameter, p.unit)
         for name in ("train", "dev", "test", *["transfer"] * p.distil):
-            self.sentences(name)
+            next(iter(self.sentences(name).words))
         for text in (text for name in ("dev", "test") for text in self.leaks(name)):
             print(f"[alarm] {text}\n", flush=True)
 
@@ -72,8 +88,11 @@ class Inputs:
         the stage's folder. Returns what that saves, the share (0..1) of the words of dev that are cut differently, and
         the teacher's scores on dev as it reads it now."""
         full, (n_rows, width) = self.tokenizer, student.get_input_embeddings().weight.shape
-        used = np.unique(np.concatenate([self.read(name)[1].input_ids for name in ("train", "transfer")]))
-        self.tokenizer, self.kept = vocab.trim_tokenizer(full, used.tolist())
+        used = np.zeros(n_rows, bool)
+        for ids in (self.read(name)[1].input_ids for name in ("train", "transfer")):
+            for start in range(0, len(ids), AT_ONCE):
+                used[ids[start : start + AT_ONCE]] = True
+        self.tokenizer, self.kept = vocab.trim_tokenizer(full, np.flatnonzero(used).tolist())
         self.pad_id = self.tokenizer.pad_token_id
         self.read.cache_clear()
         vocab.trim_model(student, self.kept)
@@ -96,8 +115,12 @@ class Inputs:
                 else texts.read_texts(path, p.unit, self.listed, limit, p.seed))
 
     def _transfer(self, path: Path) -> data.Sentences:
-        """The transfer set: what is selected of its text, then train.tsv, then sentences with other mentions."""
+        """The transfer set: what is selected of its text, then train.tsv, then sentences with other mentions. Text of
+        any size is streamed, but held in memory to rank it, to balance its languages and to replace mentions."""
         p, plain = self.params, (self.params.transfer_select, self.params.language_temperature) == ("random", 1)
+        if plain and not p.augment_mentions and not shards.is_small(path):
+            train = self.sentences("train").words if p.transfer_train else None
+            return data.Sentences(shards.Text(path, p.unit, p.transfer_limit, p.seed, train))
         read = data.read_text if self.by_word else functools.partial(texts.read_texts, unit=p.unit)
         words = (text := read(path, limit=p.transfer_limit if plain else None, seed=p.seed)).words
         if not plain:
@@ -129,24 +152,38 @@ class Inputs:
             processes.wait()
         return np.array(read_json(kept))
 
-    def keys(self, name: str) -> np.ndarray:
-        """Line numbers of a file's sentences, and hashes of this process that forget case and white space [2, N]."""
-        path, p = task_file(self.params, self.run, name), self.params
-        rows = ((number, hash(" ".join(" ".join(words).casefold().split()))) for number, line in data.read_lines(path)
-                if (words := texts.units_of(line, p.unit, f"{path}:{number}")))
-        rows = np.fromiter(rows, np.dtype((np.int64, 2)))
-        return np.array(data.subset(rows, getattr(p, f"{name}_limit", None), p.seed)).T
+    def keys(self, name: str, among: np.ndarray | None = None) -> np.ndarray:
+        """Of each sentence of train, dev, test or transfer the number of its file, its line and a hash of this process
+        that forgets case and white space [3, N]; of those alone whose hash is in `among` [3, M]."""
+        p, files = self.params, files_of(task_file(self.params, self.run, name))
+        limit, known = getattr(p, f"{name}_limit", None), None if among is None else set(among[2].tolist())
+
+        def rows():
+            return ((i, number, words) for i, file in enumerate(files) for number, line in read_lines(file)
+                    if (words := texts.units_of(line, p.unit, f"{file}:{number}")))
+
+        used = data.chosen(sum(1 for _ in rows()), limit, p.seed) if limit else repeat(True)
+        found = ((i, number, hash(" ".join(" ".join(words).casefold().split())))
+                 for i, number, words in compress(rows(), used))
+        return np.fromiter((x for x in found if known is None or x[2] in known), np.dtype((np.int64, 3))).T
 
     def leaks(self, name: str, *others: str) -> list[str]:
         """Alarms of what dev or test shares with `others`, by default with all that is trained on."""
         keys = self.keys(name)
-        return [text for x in others or ("train", *["transfer"] * self.params.distil)
-                for text in alarms.leakage(name, keys, task_file(self.params, self.run, x), self.keys(x))]
+        found = {x: self.keys(x, keys) for x in others or ("train", *["transfer"] * self.params.distil)}
+        return [text for x, rows in found.items() for i, file in enumerate(files_of(
+            task_file(self.params, self.run, x))) for text in alarms.leakage(
+                name, keys[1:], file, rows[1:, rows[0] == i])]
 
     def encode(self, sentences: data.Sentences, name: str = "text") -> data.Examples:
         """Windows of sentences; says how many texts or pairs were cut."""
         unit, seq_len, other = self.params.unit, self.params.seq_len, self.teacher.tokenizer
-        examples, n_cut = texts.encode(sentences, unit, self.tokenizer, seq_len, self.labels, other)
+        if isinstance(sentences.words, shards.Text):
+            how = (self.run.origin.dir / "transfer", unit, self.tokenizer, seq_len, other)
+            processes.agree(lambda: bool(shards.encode(sentences.words, *how)))  # the first makes the files for all
+            examples, n_cut = shards.encode(sentences.words, *how)
+        else:
+            examples, n_cut = texts.encode(sentences, unit, self.tokenizer, seq_len, self.labels, other)
         if n_cut:
             print(f"[data] {name}: {n_cut:,} of {len(sentences):,} {unit}s are longer than seq_len {seq_len} and cut",
                   flush=True)

@@ -37,7 +37,9 @@ class Params(BaseModel, frozen=True, extra="forbid", str_strip_whitespace=True):
     seq_len: int = _field(64, "sub-words per window, special tokens included; longer sentences are windowed, texts "
                           "and pairs with one label are cut", ge=8)
     train_limit: int | None = _field(None, "sentences of train.tsv used, a seeded subset", ge=1)
-    transfer_file: str | None = _field(None, "unlabelled text, a sentence a line; default: TASK/transfer.tsv")
+    transfer_file: str | None = _field(None, "unlabelled text, a sentence a line: a file, folder or glob of .tsv, "
+                                       ".txt, .gz, .zst, .parquet, or hub:NAME[/CONFIG][:SPLIT[:COLUMN]]; default: "
+                                       "TASK/transfer.tsv")
     transfer_limit: int | None = _field(None, "sentences of the transfer text used, see transfer_select", ge=2)
     transfer_select: Literal["random", "uncertain"] = _field(
         "random", "which: a seeded subset, or where the teacher's labels have the greatest entropy a word")
@@ -236,6 +238,8 @@ def absolute_path(name: str, value, base: Path):
         value = [value] if isinstance(value, str) and not value.startswith("[") else Params._lists(value)
         return [absolute_path("teacher_model_dir", x, base) for x in value] if isinstance(value, list) else value
     if name not in PATH_NAMES + CHECKPOINT_NAMES or not isinstance(value, str) or (name, value) == ("task", DEMO_TASK):
+        return value
+    if (name, value[:4]) == ("transfer_file", "hub:"):
         return value
     local = value and (name in PATH_NAMES or value.startswith((".", "~", "/")) or (base / value).exists())
     return str((base / Path(value).expanduser()).resolve()) if local else value

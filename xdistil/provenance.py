@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from xdistil import data, demo_data, ensemble, models, tf_weights
-from xdistil.files import hash_file, read_json
+from xdistil import demo_data, ensemble, models, sources, tf_weights
+from xdistil.files import read_json
 from xdistil.params import DEMO_TASK, Params, fingerprint
 from xdistil.runs import SHARED, Run, stage_before, stages_of
 
@@ -36,9 +36,9 @@ def task_file(params: Params, run: Run, name: str) -> Path:
 
 
 def hash_input(path: Path) -> str:
-    """The hash of a file that a stage reads. Raises DataError if it is absent."""
-    next(data.read_lines(path) if path.suffix == ".tsv" else iter(()), None)
-    return hash_file(path)
+    """The hash of a file that a stage reads, or of many. Raises DataError if it is absent."""
+    facts = sources.facts_of(path)
+    return facts[0].get("sha256", facts[0]["file"]) if len(facts) == 1 else fingerprint(facts)
 
 
 def teacher_dir(params: Params, run: Run) -> Path:

@@ -32,7 +32,7 @@ def compare_teachers(inputs: Inputs, accelerator) -> dict[str, float]:
     whole = inputs.with_others(models.prepare_to_answer(inputs.load_teacher(), accelerator), accelerator, exact=True)
     each = {f"teacher {i}": Ensemble([x], inputs.labels) for i, x in enumerate(whole.members, 1)}
     found = {name: inputs.score(x, "dev", accelerator) for name, x in {**each, "teachers as one": whole}.items()}
-    words = data.subset(inputs.read("transfer")[0].words, 2000, inputs.params.seed)
+    words = data.subset(inputs.sentences("transfer").words, 2000, inputs.params.seed)
     examples = inputs.encode(data.Sentences(words))
     said = [evaluate.predict(x, examples, words, inputs.labels, inputs.pad_id, accelerator)[0] for x in each.values()]
     return {f"{name}, macro F1": scores["macro"] for name, (scores, _) in found.items()} | {

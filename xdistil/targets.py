@@ -168,6 +168,7 @@ class TargetStore:
         self.left, self.chunks, self.asked = budget_bytes, {}, 0
         verdict = read_json(self.folder / "auto.json", {}, lenient=True).get("keep")  # of the run resumed
         self.keep_all = True if mode != "auto" else n_passes > 1 and verdict is not False
+        self.grid = functools.cache(lambda batch_size: grid(examples.lengths, batch_size, self.kind))  # is of all
         self.undecided = mode == "auto" and self.keep_all and verdict is None
 
     @property
@@ -238,8 +239,7 @@ class TargetStore:
         targets = self.chunks[name] = self.chunks.get(name) or self._open(name, windows, batch_size, seed)
         asking = 0.0
         read = targets.whole and set(targets.arrays) == set(self.spec.shapes(targets.lengths, self.config))
-        # of all examples, so that the shapes are those of every other chunk
-        grouped = batches(targets.lengths, grid(self.examples.lengths, batch_size, self.kind), seed)
+        grouped = batches(targets.lengths, self.grid(batch_size), seed)
         for i, (rows, width) in enumerate(grouped):
             batch, (rows, counts) = count_own(self.examples, windows, rows, width, self.pad_id), own_part(rows)
             if read:
@@ -251,6 +251,7 @@ class TargetStore:
                 asking += time.perf_counter() - start
             if i % RELEASE_EVERY == 0:
                 targets.release()
+                self.examples.release()
             yield batch | {f"teacher_{kind}": values for kind, values in found.items()}
         if not targets.whole:
             if self.undecided and len(targets.arrays) > 1:

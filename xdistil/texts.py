@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from xdistil import data
-from xdistil.data import DataError, Examples, Sentences, read_lines, subset
+from xdistil.data import Examples, Sentences, subset
 from xdistil.losses import IGNORED
+from xdistil.sources import DataError, files_of, read_lines
 
 FORM = {"text": "text", "pair": "text<TAB>text"}  # what a line of each unit begins with
 
@@ -33,13 +34,14 @@ def read_texts(path, unit: str, classes=(), limit: int | None = None, seed: int 
     or, where no name is a number, its line in labels.tsv from 0. Raises DataError naming file and line for an empty
     text, an unknown label and wrong columns; naming the file if it holds no text, or only one class."""
     rows, numbered = [], not any(name.isdecimal() for name in classes)
-    for number, line in ((number, line) for number, line in read_lines(path) if line.strip()):
-        text, columns = split_line(line, unit, f"{path}:{number}")
+    lines = ((f"{file}:{number}", line) for file in files_of(path) for number, line in read_lines(file))
+    for place, line in ((place, line) for place, line in lines if line.strip()):
+        text, columns = split_line(line, unit, place)
         label, language = [*columns, "", ""][:2]
         if numbered and label.isdecimal() and int(label) < len(classes):
             label = classes[int(label)]
         if classes and (label not in classes or len(columns) > 2):
-            raise DataError(f"{path}:{number}: found {columns} after {FORM[unit]}; expected label[<TAB>language], the "
+            raise DataError(f"{place}: found {columns} after {FORM[unit]}; expected label[<TAB>language], the "
                             f"label one of {list(classes)}{' or its line in labels.tsv, from 0' * numbered}")
         rows.append(([text], [label], language))
     if not rows:

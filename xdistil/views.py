@@ -15,10 +15,9 @@ from xdistil.tables import Table
 
 def describe(params: Params, run: Run) -> list[Table]:
     """Tables of the task: counts and lengths per file, words (or texts) per label, sentences found in two files."""
-    inputs, files, texts, tags = Inputs(params, run), [], {}, {}
+    inputs, files, tags = Inputs(params, run), [], {}
     for name in ("train", "dev", "test", "transfer"):
         sentences, examples = inputs.read(name)
-        texts[name] = set(inputs.keys(name)[1].tolist())
         tags[name] = [tag for sentence in sentences.tags or () for tag in sentence]
         median, most, longest = map(int, np.quantile(examples.lengths, (0.5, 0.95, 1.0)))
         files.append({"file": name, "sentences": len(sentences),
@@ -27,8 +26,9 @@ def describe(params: Params, run: Run) -> list[Table]:
                       "sub-words a window: median": median, "95 %": most, "longest": longest})
     counts = [{"label": label, **{name: tags[name].count(label) for name in tags if tags[name]}}
               for label in inputs.labels]
-    overlap = [{"in both": f"{a} and {b}", "sentences": len(texts[a] & texts[b])}
-               for a in ("transfer", "train") for b in ("dev", "test")]
+    tested = {name: inputs.keys(name) for name in ("dev", "test")}
+    overlap = [{"in both": f"{a} and {b}", "sentences": len(set(inputs.keys(a, rows)[2].tolist()))}
+               for a in ("transfer", "train") for b, rows in tested.items()]
     return [Table(files, f"{params.task}, seq_len {params.seq_len}"), Table(counts, f"{params.unit}s per label"),
             Table(overlap, "sentences in two files")]
 
