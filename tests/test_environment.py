@@ -85,12 +85,12 @@ def test_preinstalled_packages_are_never_replaced(preinstalled):
 def test_make_takes_torch_from_the_constraints_and_installs_it_first():
     assert "torch" in constraints()
     assert re.search(r"^TORCH \?= \$\(shell grep '\^torch==' constraints\.txt\)$", MAKEFILE, re.M)
-    rule = re.search(r"^\$\(VENV\)/\.demo \$\(VENV\)/\.dev: (.*)\n((?:\t.*\n)+)", MAKEFILE, re.M)
+    rule = re.search(r"^\$\(VENV\)/\.demo \$\(VENV\)/\.dev \$\(VENV\)/\.browser: (.*)\n((?:\t.*\n)+)", MAKEFILE, re.M)
     assert "$(VENV)/constraints.txt" in rule[1] and "-c $(VENV)/constraints.txt" in rule[2]
     assert re.search(r"^\$\(VENV\)/constraints\.txt:.* \$\(VENV\)/\.torch$", MAKEFILE, re.M)
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "lab"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-browser", "lint", "lab"])
 def test_makefile_has_target(target):
     assert re.search(rf"^{target}:.*## \w+", MAKEFILE, re.M), "no such target, or help is missing"
     assert re.search(rf"^\.PHONY:.*\b{target}\b", MAKEFILE, re.M)
@@ -98,7 +98,7 @@ def test_makefile_has_target(target):
 
 def test_extras_in_the_makefile_exist():
     extras = re.findall(r"^\$\(VENV\)/\.\w+: EXTRAS = ([\w,]+)$", MAKEFILE, re.M)
-    assert len(extras) == 2
+    assert len(extras) == 3
     assert set(",".join(extras).split(",")) <= set(PROJECT["optional-dependencies"])
 
 
