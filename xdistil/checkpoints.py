@@ -47,6 +47,10 @@ def _checksum(position: str, tensors: dict[str, torch.Tensor]) -> str:
     return f"{found:08x}"
 
 
+def _gather(state: torch.Tensor) -> list[torch.Tensor]:
+    return list(map(torch.from_numpy, processes.gather(state.numpy())))
+
+
 def checkpoint_bytes(model: nn.Module, keep: int) -> int:
     """Bytes, at most, of `keep` checkpoints of a model, the one that is being written and the model itself."""
     return (4 * (keep + 1) + 1) * sum(p.numel() * p.element_size() for p in model.parameters())
@@ -57,12 +61,11 @@ def save_checkpoint(path: Path, at: Position, weights: dict, best: dict, optimiz
     process. The last `keep` - 1 before it stay beside it as NAME-1, NAME-2, ..."""
     tensors = {f"weights/{n}": t.detach() for n, t in weights.items()}
     tensors |= {f"best/{n}": t for n, t in best.items()}
-    tensors |= {f"random/cpu/{i}": state for i, state in enumerate(processes.gather(torch.get_rng_state()))}
+    tensors |= {f"random/cpu/{i}": state for i, state in enumerate(_gather(torch.get_rng_state()))}
     for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
         tensors |= {f"optimizer/{i}/{k}": v for k, v in state.items()}
     if torch.cuda.is_available():
-        states = processes.gather(torch.cuda.get_rng_state())
-        tensors |= {f"random/cuda/{i}": state for i, state in enumerate(states)}
+        tensors |= {f"random/cuda/{i}": state for i, state in enumerate(_gather(torch.cuda.get_rng_state()))}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     position = json.dumps(asdict(at))
 

@@ -39,17 +39,17 @@ def predict(model, examples: data.Examples, words: list[list[str]], labels: list
     order: at the word's first sub-word, in the one window that owns it. Of a text or pair, see `texts`, one label."""
     tags, scores = ([[empty] * len(sentence) for sentence in words] for empty in ("O", 1.0))
     model.eval()
-    grouped, found = _batches(examples.lengths, batch_size, accelerator) if len(examples) else [], []
+    grouped, found = _batches(examples.lengths, batch_size, accelerator) if len(examples) else [], [np.zeros((0, 4))]
     for rows, width in grouped[processes.rank() :: processes.size()]:
         batch = data.collate(examples, rows, pad_id, width)
         score, best = _best(model, batch, accelerator, entropy)
         word_of = batch["words"][:, : best.shape[1]]
         first = word_of >= 0
         sentences = examples.sentences[rows][first.nonzero()[:, 0].numpy()]
-        found.append((sentences, *(x[first].numpy() for x in (word_of, best, score))))
-    for part in itertools.chain.from_iterable(processes.gather(found)):
-        for sentence, word, label, sure in zip(*(x.tolist() for x in part), strict=True):
-            tags[sentence][word], scores[sentence][word] = labels[label], sure
+        found.append(np.stack([sentences, *(x[first].numpy() for x in (word_of, best, score))], 1))
+    for part in processes.gather(np.concatenate(found)):
+        for sentence, word, label, sure in part.tolist():
+            tags[int(sentence)][int(word)], scores[int(sentence)][int(word)] = labels[int(label)], sure
     return tags, scores
 
 

@@ -47,7 +47,7 @@ def joined(on_cpu: bool):
 
     backend = "gloo" if on_cpu or not torch.cuda.is_available() else "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, timeout=PATIENCE)
-    with contextlib.redirect_stdout(sys.stdout if rank() == 0 else open(os.devnull, "w")):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if rank() == 0 else nowhere):
         yield
     torch.distributed.destroy_process_group()
 
@@ -75,31 +75,41 @@ def sharing(shared_out):
 
 
 def agree(call):
-    """What the first process gets from `call`, or its error, in all of them."""
+    """What the first process gets from `call`, or its error, in all of them; as JSON, as nothing is unpickled."""
     if size() == 1:
         return call()
     import torch
 
-    said = [None, None]
+    value, error = None, None
     if rank() == 0:
         try:
-            said[0] = call()
-        except Exception as error:
-            said[1] = error
-    torch.distributed.broadcast_object_list(said)
-    if said[1] is not None:
-        raise said[1]
-    return said[0]
+            value = call()
+        except Exception as found:
+            error = found
+    said = json.dumps([value, error and f"{type(error).__name__}: {error}"], default=str).encode()
+    n = torch.tensor(len(said))
+    torch.distributed.broadcast(n, 0)
+    letters = torch.frombuffer(bytearray(said if rank() == 0 else int(n)), dtype=torch.uint8)
+    torch.distributed.broadcast(letters, 0)
+    other, why = json.loads(letters.numpy().tobytes())
+    if why:
+        raise error or RuntimeError(why)
+    return value if rank() == 0 else other
 
 
-def gather(value) -> list:
-    """The values of all processes, by rank, in each of them."""
+def gather(rows: np.ndarray) -> list[np.ndarray]:
+    """The arrays [N, ...] of all processes, by rank, in each of them; N may differ."""
     if size() == 1:
-        return [value]
+        return [rows]
     import torch
 
-    torch.distributed.all_gather_object(found := [None] * size(), value)
-    return found
+    lengths = [torch.tensor(0) for _ in range(size())]
+    torch.distributed.all_gather(lengths, torch.tensor(len(rows)))
+    most = int(max(lengths))
+    mine = torch.from_numpy(np.concatenate([rows, np.zeros((most - len(rows), *rows.shape[1:]), rows.dtype)]))
+    found = [torch.empty_like(mine) for _ in range(size())]
+    torch.distributed.all_gather(found, mine)
+    return [part[: int(n)].numpy() for part, n in zip(found, lengths, strict=True)]
 
 
 def wait() -> None:

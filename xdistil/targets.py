@@ -174,7 +174,7 @@ class TargetStore:
     @property
     def all_asked(self) -> int:
         """How many windows the teachers of all processes were asked for."""
-        return sum(processes.gather(self.asked))
+        return int(sum(processes.gather(np.array([self.asked])))[0])
 
     def ask(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The teacher's outputs for a batch of `collate`, at the student's positions, rounded as they are stored, on
