@@ -19,8 +19,8 @@ def load(folders) -> dict[str, dict]:
     for path in paths:
         stage = Stage(path / "evaluation")
         if not (stage.done and stage.metrics):
-            raise ValueError(f"{path} is no finished run: it has no evaluation/done.json; run `xdistil run` with "
-                             "model_dir set to it, or leave it out")
+            raise ValueError(f"{path} is no finished run: {stage.damage or 'it has no evaluation/done.json'}; run "
+                             "`xdistil run` with model_dir set to it, or leave it out")
         same = sum(path.name == other.name for other in paths) > 1
         name = "/".join(path.parts[-2:]) if same else path.name
         found[name] = stage.metrics | {"asked": read_json(path / "params.json", {}), "test": stage.done["test file"]}
