@@ -197,7 +197,7 @@ def test_a_bad_run_is_told_in_metrics_view_and_report(bad, capsys):
     assert cli.main(["run", str(ROOT / "params/smoke.yaml"), *flags, "--unfreeze", "none"]) == 0
     out, page = capsys.readouterr().out, (run.dir / "report.html").read_text(encoding="utf-8")
     assert all(text in out for _, text in texts)
-    summary = page[: page.index("<nav")]
+    summary = page[page.index("<header") : page.index("</header>")]
     assert "class=alarm" in summary and LEAKS["test"].format(task) in summary
     assert page.count('<b class="alarm">[') == len(texts) and ".alarm {" in page
     assert f'<b class="alarm">[evaluation] [alarm] {LEAKS["test"].format(task)}' in page

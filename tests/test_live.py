@@ -118,8 +118,16 @@ def test_headless_a_line_is_printed_per_interval(monkeypatch, capsys):
                                                     "epochs, loss 2"]
 
 
+@pytest.fixture
+def interruptible():
+    """A process that an interrupt reaches: those that share out tests ignore it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_sigterm_asks_as_well(number):
+def test_sigterm_asks_as_well(number, interruptible):
     usual = [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)]
     with live.watching("hidden", 3) as watch:
         os.kill(os.getpid(), number)
@@ -127,7 +135,7 @@ def test_sigterm_asks_as_well(number):
     assert [signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)] == usual
 
 
-def test_the_first_interrupt_asks_and_the_second_is_as_ever():
+def test_the_first_interrupt_asks_and_the_second_is_as_ever(interruptible):
     usual = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), live.watching("hidden", 3) as watch:
         os.kill(os.getpid(), signal.SIGINT)

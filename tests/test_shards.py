@@ -354,7 +354,7 @@ def test_a_stage_over_shards_is_interrupted_within_a_pass_and_goes_on_at_the_sam
         params = smoke_params(half_done(name), transfer_file=str(folder), distil_chunk_size=20, distil_epochs=2,
                               targets_cache="none")
         with monkeypatch.context() as patch:
-            patch.setattr("xdistil.targets.collate", collate)
+            patch.setattr("xdistil.wordwise.collate", collate)
             if name == "broken":
                 with monkeypatch.context() as early, pytest.raises(KeyboardInterrupt):
                     early.setattr(training, "save_checkpoint", save)

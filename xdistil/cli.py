@@ -2,6 +2,7 @@
 interrupted and 143 terminated: the same command goes on."""
 
 import argparse
+import asyncio
 import difflib
 import os
 import signal
@@ -145,6 +146,15 @@ def run_notebooks(params: Params) -> int:
     return code
 
 
+def _in_a_thread(execute_notebook, *args, **options) -> None:
+    """Run a notebook, and close the event loop that this thread has for it."""
+    try:
+        execute_notebook(*args, **options)
+    finally:
+        with suppress(RuntimeError):  # it has none
+            asyncio.get_event_loop().close()
+
+
 def _execute(params: Params, run: Run, came: list) -> int:
     from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
@@ -172,7 +182,7 @@ def _execute(params: Params, run: Run, came: list) -> int:
         ran += 1
         try:
             with ThreadPoolExecutor(1) as pool:  # elsewhere than here papermill leaves signals alone
-                pool.submit(execute_notebook, repo_root() / "notebooks" / notebook.name, notebook,
+                pool.submit(_in_a_thread, execute_notebook, repo_root() / "notebooks" / notebook.name, notebook,
                             {"experiment": params.model_dump(exclude_none=True)}, kernel_name="python3",
                             cwd=str(repo_root()), progress_bar=False, stdout_file=DummyTqdmFile(sys.stderr),
                             extra_arguments=["--log-level=CRITICAL"]).result()

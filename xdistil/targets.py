@@ -198,13 +198,13 @@ class TargetStore:
     def _open(self, name: str, windows: np.ndarray, batch_size: int, seed: int | None) -> Targets:
         """A chunk as it lies on disk, whole; else room for what will be kept of it, laid out for this pass."""
         lengths, now = self.examples.lengths[windows], [batch_size, seed, self.kind, processes.size()]
-        kinds = set(self.spec.shapes(lengths, self.config)) if self.mode != "none" else set()
+        kinds = list(self.spec.shapes(lengths, self.config)) if self.mode != "none" else []
         size = self.spec.n_bytes(lengths, self.config) if self.keep_all else math.inf
         room = processes.agree(lambda: self.room() + sum(x.stat().st_size for x in self.folder.glob(f"*-{name}.bin")))
         if size <= self.left and (self.mode == "memory" or size <= room):
             self.left -= size
         else:
-            kinds &= {"logits"}
+            kinds = [kind for kind in kinds if kind == "logits"]
         paths = {kind: self.folder / f"{kind}-{name}.bin" for kind in kinds if self.mode != "memory"}
 
         def find_whole():
@@ -221,7 +221,7 @@ class TargetStore:
         cut = processes.agree(find_whole)
         parts = self._parts(lengths, *(cut or now))
         shapes = self.spec.shapes(lengths, self.config, parts)
-        arrays = {kind: _array(kind, shapes[kind], paths.get(kind)) for kind in shapes if kind in kinds}
+        arrays = {kind: _array(kind, shapes[kind], paths.get(kind)) for kind in kinds}
         return Targets(lengths, arrays, paths, cut is not None, parts)
 
     def _parts(self, lengths: np.ndarray, batch_size: int, seed: int | None, kind: str, n: int) -> list[np.ndarray]:
