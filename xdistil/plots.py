@@ -168,10 +168,11 @@ def plot_cosine(before, after, pairs):
 
 def plot_attention_kl(kl, pairs, title, nearest=None):
     """`kl`: [n_pairs, A] divergence of attention in nats, by head; `pairs`: (student, teacher) layers; `nearest`:
-    names to write in place of the numbers."""
+    names to write in place of the numbers; then colours end at 1 nat, so that figures compare."""
     if not pairs:
         return _figure(f"{title}\nno attention maps were compared here", 1)[0]
-    return _heat_map(np.array(kl), title, "KL divergence (nats)", np.nanmax(kl), nearest, xlabel="head (from 0)",
+    most, label = (1, "KL divergence (nats; 1 or more)") if nearest else (np.nanmax(kl), "KL divergence (nats)")
+    return _heat_map(np.array(kl), title, label, most, nearest, xlabel="head (from 0)",
                      yticklabels=[f"S{s} ← T{t}" for s, t in pairs])[0]
 
 
