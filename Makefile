@@ -30,7 +30,7 @@ demo: $(VENV)/.demo ## distil a teacher on generated data, on a CPU, and write r
 	$(VENV)/bin/xdistil run params/demo.yaml $(ARGS)
 
 test: $(VENV)/.dev ## run the tests
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not browser and not long" $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not browser and not long" $(ARGS)
 
 test-browser: $(VENV)/.browser ## drive the explorer in JupyterLab; needs chromium on the path
 	$(VENV)/bin/python -m pytest -m browser $(ARGS)

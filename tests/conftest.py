@@ -5,6 +5,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test waits for a network
 os.environ.setdefault("XDISTIL_HEADLESS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # kernels as well: threads of two processes would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -15,6 +17,12 @@ from xdistil.devices import open_accelerator  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+def pytest_collection_modifyitems(items):
+    """Files that run notebooks come first: begun last, they would keep one process while the others have nothing."""
+    slow = {item.path for item in items if item.get_closest_marker("notebook")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

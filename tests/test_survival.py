@@ -358,7 +358,7 @@ def test_teacher_outputs_past_the_budget_are_not_kept(copied, smoke, monkeypatch
 @pytest.mark.notebook
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code, word", [
-    (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+    (signal.SIGTERM, 143, "terminated"), pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.long)])
 def test_the_command_stops_at_a_checkpoint_and_says_that_it_goes_on(tmp_path, number, code, word):
     folder = tmp_path / "run"
     flags = ["--model_dir", folder, "--teacher_epochs", "400", "--patience", "400", "--device", "cpu"]

@@ -472,6 +472,7 @@ def test_other_families_go_all_the_way_with_pairs(family, changes, head, base, t
 
 @pytest.mark.notebook
 @pytest.mark.slow
+@pytest.mark.parametrize("unit", ["pair"], indirect=True)  # texts take the same way
 def test_the_seven_notebooks_run_and_report(unit, task, base, tmp_path):
     params = ask(unit, task, base, tmp_path / "run", teacher_epochs=1, distil_epochs=1, ft_epochs=1,
                  onnx=unit == "pair")
