@@ -76,7 +76,7 @@ def plot_states(tokens, types, teacher, student, title, colours):
             if text and free and abs(x + wide / 2 - middle[0] / unit) < 2.65 - wide / 2:
                 taken.append((x, y, x + wide, y + 0.14))
                 ax.text(x * unit, y * unit, text, color=ink[i], fontsize=8, parse_math=False, family=FAMILIES,
-                        weight="bold" if types[i] else "normal")
+                        weight="bold" if types[i] else "normal", in_layout=False)  # they lie within the axes
                 break
     marks = [Line2D([], [], color=GREY, marker=marker, markerfacecolor=face, linestyle="", label=name)
              for marker, face, name in (("o", GREY, "teacher"), ("D", "white", "student"))]
