@@ -216,9 +216,6 @@ class Examples:
         """sha256 of ids and offsets."""
         return hashlib.sha256(self.input_ids.tobytes() + self.offsets.tobytes()).hexdigest()
 
-    def release(self) -> None:
-        """Give back the memory of what was read of files that these are mapped from; here there are none."""
-
 
 def encode(sentences: Sentences, tokenizer, seq_len: int, labels: list[str] = (), n_jobs: int = 0,
            beside=None) -> Examples:

@@ -1,9 +1,8 @@
-"""Transfer text of any size: streamed, tokenised once by several processes, and read from files of token ids that are
-mapped into memory. One plain file of less than IN_MEMORY bytes is not worth that."""
+"""Transfer text of any size: streamed, tokenised once by several processes, read batch by batch from files of token
+ids. One plain file of less than IN_MEMORY bytes is not worth that."""
 
 import functools
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -80,19 +79,29 @@ class Text:
         return sum(1 for _ in self._rows()) if used is None else int(used.sum()) + len(extra)
 
 
+class Flat:
+    """A flat array in a file, of which no more is in memory than what is asked for, a slice or places. Mapped
+    files are slower, and their pages stay resident, up to 2 MB for each place that is touched."""
+
+    def __init__(self, path: Path, kind):
+        self.path, self.kind, self.n = path, np.dtype(kind), path.stat().st_size // np.dtype(kind).itemsize
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, places) -> np.ndarray:
+        places = np.arange(*places.indices(self.n)) if isinstance(places, slice) else places
+        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+        with open(self.path, "rb", buffering=0) as file:
+            return np.concatenate([np.frombuffer(os.pread(file.fileno(), len(run) * self.kind.itemsize, int(
+                run[0]) * self.kind.itemsize), self.kind) for run in runs if len(run)] or [np.zeros(0, self.kind)])
+
+
 @dataclass(frozen=True)
 class Shards(Examples):
-    """Examples whose arrays are mapped from files. `digest`: of these."""
+    """Examples of which ids and words are read from files. `digest`: of these."""
 
     digest: str = ""
-
-    def release(self) -> None:
-        """Give back the pages that were read, as they would stay resident; the system may still have them."""
-        for array in vars(self).values():
-            if isinstance(getattr(array, "base", None), mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-                array.base.madvise(mmap.MADV_DONTNEED)
-        if self.teacher:
-            self.teacher.release()
 
 
 def known_as(tokenizer) -> str:
@@ -197,8 +206,8 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def _mapped(folder: Path, found: dict, prefix: str = "") -> Shards:
-    fields = {name: np.memmap(folder / f"{prefix}{name}.bin", kind, "r") for name, kind in TYPES.items()
-              if prefix + name in found["bytes"]}
-    labels = np.broadcast_to(np.int16(IGNORED), fields["input_ids"].shape)  # the same one everywhere
+    fields = {name: np.memmap(path, kind, "r") if name in ("offsets", "sentences") else Flat(path, kind)
+              for name, kind in TYPES.items() if (path := folder / f"{prefix}{name}.bin").is_file()}
+    labels = np.broadcast_to(np.int16(IGNORED), len(fields["input_ids"]))  # the same one everywhere
     teacher = _mapped(folder, found, "teacher_") if not prefix and "teacher_input_ids" in found["bytes"] else None
     return Shards(labels=labels, teacher=teacher, digest=fingerprint(found["sha256"]), **fields)

@@ -251,7 +251,6 @@ class TargetStore:
                 asking += time.perf_counter() - start
             if i % RELEASE_EVERY == 0:
                 targets.release()
-                self.examples.release()
             yield batch | {f"teacher_{kind}": values for kind, values in found.items()}
         if not targets.whole:
             if self.undecided and len(targets.arrays) > 1:

@@ -22,7 +22,7 @@ import numpy as np
 
 from xdistil import data, grouping, models, shards, texts
 
-N_FILES, CHUNK, BATCH, RELEASE = 8, 10_000, 32, 4  # of training.py, targets.py
+N_FILES, CHUNK, BATCH = 8, 10_000, 32
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -108,8 +108,6 @@ def read(asked) -> dict:
                 batch = data.collate(examples, chunks[number][rows], tokenizer.pad_token_id, width)
                 file.write(batch["windows"].numpy().tobytes())
                 n += len(rows)
-                if i % RELEASE == 0:
-                    examples.release()
                 if i % 100 == 99:
                     file.flush()
                     position = {"chunk": number, "batch": i + 1, "rows": at["rows"] + n}
