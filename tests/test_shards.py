@@ -6,14 +6,16 @@ import json
 import re
 import resource
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_stages import TOY, finished_smoke_run, smoke_params
+from test_stages import ROOT, TOY, finished_smoke_run, smoke_params
 
 from xdistil import data, shards, sources, stages, texts, training, views
 from xdistil.data import Sentences, read_lines
@@ -260,6 +262,16 @@ def test_processes_share_the_work_and_a_bad_line_ends_it(tmp_path, tokenizer, mo
     path.write_bytes(gzip.compress(b"good line\n" * 70 + b"\xff\n" + b"good line\n" * 70))
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}:71: invalid UTF-8"):
         shards.encode(shards.Text(path, "word"), tmp_path / "kept", "word", tokenizer, 16, n_jobs=2)
+
+
+def test_processes_end_with_a_parent_that_is_killed():
+    worker = "import os, time; from xdistil import shards; shards._begin((), os.getppid()); print(1, flush=True); {}"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker.format('time.sleep(300)')!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.readline() == "1\n"
+        process.kill()
+        started = time.monotonic()
+        assert process.stdout.read() == "" and time.monotonic() - started < 60  # ends as the worker does
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(folder, tmp_path, tokenizer, monkeypatch):

@@ -5,6 +5,8 @@ import functools
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import compress, islice
@@ -155,14 +157,22 @@ def _parts(text: Text, n_done: int, how: tuple, n_jobs: int) -> Iterator[tuple[E
         except Exception as error:
             failed.append(error)
 
-    _prepare(how)
-    yield from Parallel(n_jobs, return_as="generator", initializer=_prepare, initargs=(how,))(parts())
+    _begin(*(begin := (how, os.getpid())))
+    yield from Parallel(n_jobs, return_as="generator", initializer=_begin, initargs=begin)(parts())
     for error in failed:
         raise error
 
 
-def _prepare(how: tuple) -> None:
+def _begin(how: tuple, parent: int) -> None:
+    """Keep what to encode with; a process of the parent ends with it, as joblib's outlive one that is killed."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
     _process["how"] = how
+    if os.getpid() != parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _encode(part: list[str]) -> tuple[Examples, int, int]:
