@@ -114,7 +114,7 @@ def test_a_module_fits_in_the_head(path):
 
 def test_the_library_stays_small():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PATHS)
-    assert lines <= 7251
+    assert lines <= 7266
 
 
 @pytest.mark.parametrize("name", TREES)
