@@ -130,8 +130,8 @@ class Targets:
         return found
 
     def flush(self) -> None:
-        """Write what is only mapped so far, for other processes; go on when all have done so."""
-        for path in self.paths.values():
+        """Write what is only mapped so far, for other hosts, if there are several processes; go on when all have."""
+        for path in self.paths.values() if processes.size() > 1 else ():
             with open(path, "rb+") as file:
                 os.fsync(file)
         processes.wait()
